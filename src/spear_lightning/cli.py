@@ -1,0 +1,67 @@
+"""The `spear` command: verbs, each of whose code is imported only when that verb is called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from spear_lightning import __version__
+from spear_lightning.errors import SpearError
+
+VERBS = {
+    "fit": ("train a model:  spear fit --config experiments/quickstart/vla.yaml", "training.command_line"),
+    "validate": ("measure a checkpoint on validation data", "training.command_line"),
+    "test": ("measure a checkpoint on test data", "training.command_line"),
+    "predict": ("sample action chunks from a checkpoint", "training.command_line"),
+    "data": ("index and inspect robot data sets:  spear data index PATH", "robot_data.commands"),
+    "demo": ("index, train and predict on a small data set made on the spot", "training.demo"),
+}
+"""Verb -> what it does, and the module whose `main(arguments) -> int` does it."""
+
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+
+
+def usage() -> str:
+    """Return the text of `spear --help`."""
+    rows = "\n".join(f"  {verb:<10}{about}" for verb, (about, _) in VERBS.items())
+    return (
+        f"spear-lightning {__version__}: SPEAR-1 on PyTorch Lightning\n\n"
+        f"usage: spear VERB [OPTIONS]      (spear VERB --help explains a verb's options)\n\n{rows}\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb.
+
+    Args:
+        arguments: Command line without the program's name; default: that of the process.
+
+    Returns:
+        Exit status: 0 success, 1 an error that was explained, 2 wrong usage.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage())
+        return 0 if given else 2
+    if given[0] == "--version":
+        sys.stdout.write(f"{__version__}\n")
+        return 0
+    verb = given[0]
+    if verb not in VERBS:
+        import difflib
+
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean `spear {close[0]}`?" if close else ""
+        sys.stderr.write(f"spear: there is no verb {verb!r}.{hint}\n\n{usage()}")
+        return 2
+    run: Callable[[list[str]], int] = import_module(f"spear_lightning.{VERBS[verb][1]}").main
+    try:
+        return run(given if verb in TRAINER_VERBS else given[1:])
+    except SpearError as error:
+        sys.stderr.write(f"spear {verb}: {error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""What both stages' LightningModules share: optimizer, checkpoint contents, warm start, refusal of a wrong resume."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from spear_lightning.errors import CheckpointError
+from spear_lightning.training.configuration import differing_keys
+from spear_lightning.training.optimizer import OptimizerRecipe
+
+log = logging.getLogger(__name__)
+
+
+class SpearModule(L.LightningModule):
+    """Base of the VLM and VLA training modules.
+
+    Two ways to start from a file are kept apart. *Resume* (`--ckpt_path`) continues the same run exactly and
+    refuses another configuration. *Warm start* (`init_from`) takes weights only and reports what it took.
+
+    Args:
+        recipe: Optimizer and learning-rate schedule.
+        seed: Seed of noise and time; together with step and rank it fixes every random number.
+        init_from: Checkpoint to take weights from at the start of a new run.
+    """
+
+    def __init__(self, recipe: OptimizerRecipe, seed: int = 0, init_from: str | None = None) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.seed = seed
+        self.init_from = init_from
+        # Set by the command line. Python users who pass `ckpt_path` to `Trainer.fit` may set `resuming` to spare
+        # the loading of pretrained weights that the checkpoint replaces.
+        self.run_config: dict[str, Any] | None = None
+        self.resume_allow: list[str] = []
+        self.resuming = False
+
+    @property
+    @abstractmethod
+    def components(self) -> nn.Module:
+        """The network; freeze patterns and parameter names are relative to it."""
+
+    @abstractmethod
+    def unused_parameters(self) -> list[str]:
+        """Names, relative to `components`, of parameters that this stage's loss never reaches."""
+
+    @abstractmethod
+    def load_initial_weights(self) -> None:
+        """Load pretrained weights, then those of `init_from`; called once at the start of a new run."""
+
+    @abstractmethod
+    def set_configuration(self, config: Mapping[str, Any]) -> None:
+        """Take note of the configuration (class path and arguments) that this module was built from."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return plain values that, with the weights, suffice to rebuild the model."""
+
+    def setup(self, stage: str) -> None:
+        """Load initial weights at the start of a new run; a resumed one gets them from its checkpoint."""
+        if stage == "fit" and not self.resuming:
+            self.load_initial_weights()
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and schedule from the recipe."""
+        return self.recipe.configure(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what makes the checkpoint self-sufficient."""
+        checkpoint["spear"] = {**self.describe(), "run": self.run_config}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to continue a run under another configuration.
+
+        Raises:
+            CheckpointError: If the checkpoint is not ours or its configuration differs.
+        """
+        spear = checkpoint.get("spear")
+        if not isinstance(spear, dict):
+            raise CheckpointError(
+                "The checkpoint was not written by this package and cannot be resumed",
+                expected="an entry `spear`",
+                remedy="to start a new run from its weights, use --model.init_from",
+            )
+        if self._trainer is None or not self.trainer.training:
+            return
+        check_same_configuration(spear.get("run"), self.run_config, self.resume_allow)
+
+
+def check_same_configuration(
+    saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None, allow: list[str]
+) -> None:
+    """Compare the configuration of a checkpoint with the one about to continue it.
+
+    Raises:
+        CheckpointError: If a key that changes the training differs and is not allowed to.
+    """
+    if saved is None or current is None:
+        return
+    differing = differing_keys(saved, current)
+    refused = {
+        key: pair
+        for key, pair in differing.items()
+        if not any(key == name or key.startswith(name + ".") for name in allow)
+    }
+    if refused:
+        rows = "\n".join(f"    {key}: {old!r} -> {new!r}" for key, (old, new) in sorted(refused.items()))
+        raise CheckpointError(
+            "The run to resume was started with another configuration",
+            where="--ckpt_path",
+            found=f"keys that differ (checkpoint -> now):\n{rows}",
+            remedy="restore those values; or allow a change on purpose with "
+            f"--resume_allow '[{', '.join(sorted(refused))}]'; or start a new run with --model.init_from",
+        )
+    for key, (old, new) in sorted(differing.items()):
+        log.warning("Resuming with a changed configuration: %s: %r -> %r", key, old, new)

@@ -1,0 +1,135 @@
+"""`spear fit | validate | test | predict`: Lightning's command line on our modules."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from spear_lightning.errors import CheckpointError
+from spear_lightning.policy import read_checkpoint
+from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.configuration import KEPT_SECTIONS
+from spear_lightning.training.tracking import RunRecord
+
+log = logging.getLogger(__name__)
+
+
+class SpearCLI(LightningCLI):
+    """LightningCLI with our rules for checkpoints (see `SpearModule`) and our record of a run."""
+
+    config_dump: dict[str, Any]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are neither the trainer's, nor the model's, nor the data's."""
+        parser.add_argument(
+            "--resume_allow",
+            type=list[str],
+            default=[],
+            help="Configuration keys (or prefixes of keys) that may differ from those of the run that "
+            "--ckpt_path resumes, e.g. '[trainer.max_steps]'. Any other difference is refused.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would let hyper-parameters of the checkpoint silently win over YAML and options.
+        return
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Build the trainer; checkpoints go to the run's folder unless their callback names another."""
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        return trainer
+
+    def after_instantiate_classes(self) -> None:
+        """Hand the resolved configuration to the module and find the checkpoint to start from."""
+        self._dump_config()
+        options = self.config_init[self.subcommand]
+        options["ckpt_path"] = self._resolve_checkpoint(options.get("ckpt_path"))
+        if isinstance(self.model, SpearModule):
+            self.model.run_config = self.config_dump
+            self.model.resume_allow = options["resume_allow"]
+            self.model.resuming = options["ckpt_path"] is not None
+            self.model.set_configuration(self.config_dump["model"])
+
+    def _resolve_checkpoint(self, path: str | None) -> str | None:
+        """Return the checkpoint file meant by `--ckpt_path`; "last" is the newest one of the run's folder."""
+        if path is None:
+            if self.subcommand != "fit":
+                raise CheckpointError(
+                    f"`spear {self.subcommand}` needs a checkpoint",
+                    where="--ckpt_path",
+                    expected="a file, or `last` for the newest of the run's folder",
+                )
+            return None
+        if path == "last":
+            folders = {callback.dirpath for callback in self.trainer.checkpoint_callbacks}  # type: ignore[attr-defined]
+            files = [file for folder in folders if folder for file in Path(folder).glob("*.ckpt")]
+            if not files and self.subcommand == "fit":
+                log.warning("There is no checkpoint in %s yet: starting a new run", sorted(folders))
+                return None
+            path = str(max(files, key=lambda file: file.stat().st_mtime_ns, default="last"))
+        if not Path(path).exists():
+            raise CheckpointError(
+                "There is no such checkpoint", where="--ckpt_path", found=path, remedy="check the path"
+            )
+        return path
+
+
+def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
+    """Let a checkpoint bring its own configuration: `spear predict --ckpt_path FILE` needs no --config.
+
+    Args:
+        arguments: The command line from the verb on.
+
+    Returns:
+        The command line, with the checkpoint's configuration before all other options if it named none.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--ckpt_path")
+    known, _ = parser.parse_known_args(arguments[1:])
+    if known.config is not None or known.ckpt_path is None or arguments[0] == "fit":
+        return arguments
+    run = read_checkpoint(known.ckpt_path)["spear"].get("run")
+    if run is None:
+        raise CheckpointError(
+            "The checkpoint does not hold the configuration of its run", where=known.ckpt_path, remedy="give --config"
+        )
+    kept = {key: run[key] for key in KEPT_SECTIONS if key in run}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="spear_", delete=False) as file:
+        yaml.safe_dump(kept, file)
+    return [arguments[0], "--config", file.name, *arguments[1:]]
+
+
+def main(arguments: list[str]) -> int:
+    """Run one of the trainer's verbs.
+
+    Args:
+        arguments: The command line from the verb on.
+
+    Returns:
+        Exit status 0; errors are raised.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments = with_configuration_of_checkpoint(arguments)
+    SpearCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=RunRecord,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        # Lightning warns when it is given arguments beside those of the process, even if they are the same.
+        args=None if arguments == sys.argv[1:] else arguments,
+    )
+    return 0

@@ -1,0 +1,199 @@
+"""Training of SPEAR-1: flow matching on action chunks (spec sections 7, 8 and 11)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spear_lightning.batches import RobotBatch
+from spear_lightning.geometry import quaternions
+from spear_lightning.policy import Policy, describe_policy
+from spear_lightning.policy.checkpoint import (
+    check_policy_weights,
+    load_policy_weights,
+    policy_weights,
+    read_checkpoint,
+)
+from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.optimizer import OptimizerRecipe
+from spear_lightning.training.random_streams import PREDICT, TRAIN, VALIDATE, generator_at
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class ValidationOutput:
+    """One validation batch with what the policy predicts for it: B samples, H horizon.
+
+    Attributes:
+        batch: The samples, physical units.
+        predicted: float32 (B, H, 8) sampled chunks, physical units.
+    """
+
+    batch: RobotBatch
+    predicted: Tensor
+
+
+class VLAModule(SpearModule):
+    """LightningModule that trains a `Policy` by flow matching.
+
+    Logged while training: `train/loss` and its parts (`translation`, `rotation`, `rotation_velocity`,
+    `rotation_geodesic`, `gripper`). On validation, besides the same parts under `val/`: the errors of a sampled
+    chunk, `val/translation_error_mm`, `val/rotation_error_deg` and `val/gripper_accuracy`, over valid targets.
+
+    Args:
+        policy: What is trained.
+        recipe: Optimizer and learning-rate schedule.
+        seed: Seed of noise and flow time.
+        init_from: Checkpoint of a policy to take weights from (averaged ones where it has them); only at the
+            start of a new run.
+        validation_steps: Euler steps when sampling on validation; `null` takes the flow's own number.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        recipe: OptimizerRecipe,
+        seed: int = 0,
+        init_from: str | None = None,
+        validation_steps: int | None = None,
+    ) -> None:
+        super().__init__(recipe, seed, init_from)
+        self.policy = policy
+        self.validation_steps = validation_steps
+
+    @property
+    def components(self) -> nn.Module:
+        """The network: `vlm` (encoders, projections, language model) and `expert`."""
+        return self.policy.vla
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that the action loss never reaches."""
+        return self.policy.vla.unused_parameters()
+
+    def set_configuration(self, config: Mapping[str, Any]) -> None:
+        """Keep the policy's part of the configuration, from which a checkpoint can rebuild it."""
+        self.policy.config = dict(config["init_args"]["policy"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the checkpoint's description of the policy."""
+        return describe_policy(self.policy)
+
+    def load_initial_weights(self) -> None:
+        """Load pretrained weights of the parts that name some, or all weights from `init_from`."""
+        if self.init_from is None:
+            self.policy.vla.vlm.load_pretrained()
+            return
+        checkpoint = read_checkpoint(self.init_from)
+        weights = policy_weights(checkpoint, "ema")
+        # Statistics belong to the data of the new run.
+        own = self.policy.normalizer.state_dict(prefix="normalizer.")
+        load_policy_weights(self.policy, {**weights, **own}, where=self.init_from)
+        log.info(
+            "Warm start from %s: %d tensors loaded, %d kept (normalisation statistics), 0 left out",
+            self.init_from,
+            len(weights) - len(own),
+            len(own),
+        )
+
+    def setup(self, stage: str) -> None:
+        """Take the interface and statistics from the data module at the start of a new run."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and stage == "fit" and not self.resuming:
+            data.statistics.apply_to(self.policy.normalizer)
+        if data is not None and self.policy.interface is None:
+            self.policy.interface = data.interface
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another configuration; say clearly when the architecture differs."""
+        super().on_load_checkpoint(checkpoint)
+        check_policy_weights(self.policy, policy_weights(checkpoint, "raw"), where="--ckpt_path")
+
+    def on_fit_start(self) -> None:
+        """Check that the normaliser has statistics before a step is wasted."""
+        self.policy.normalizer.require_fitted()
+
+    def training_step(self, batch: RobotBatch, batch_index: int) -> Tensor:
+        """Return the loss of one batch."""
+        step = self.trainer.fit_loop.total_batch_idx
+        losses = self._losses(batch, "train", TRAIN, step)
+        return losses["total"]
+
+    def validation_step(self, batch: RobotBatch, batch_index: int) -> ValidationOutput:
+        """Log the losses of one batch and the errors of sampled chunks."""
+        self._losses(batch, "val", VALIDATE, batch_index)
+        predicted = self.predict_step(batch, batch_index)
+        self._log_errors(predicted, batch)
+        return ValidationOutput(batch, predicted)
+
+    def test_step(self, batch: RobotBatch, batch_index: int) -> ValidationOutput:
+        """Do what validation does."""
+        return self.validation_step(batch, batch_index)
+
+    def predict_step(self, batch: RobotBatch, batch_index: int) -> Tensor:
+        """Sample chunks (B, H, 8) in physical units; the noise depends on seed, batch and rank alone."""
+        generator = generator_at(self.seed, PREDICT, batch_index, self.global_rank, self.device)
+        return self.policy.sample_chunk(batch, generator, self.validation_steps)
+
+    def _losses(self, batch: RobotBatch, stage: str, stream: int, step: int) -> dict[str, Tensor]:
+        generator = generator_at(self.seed, stream, step, self.global_rank, self.device)
+        losses = self.policy.losses(batch, generator)
+        named = {f"{stage}/{'loss' if name == 'total' else name}": value for name, value in losses.items()}
+        validating = stage != "train"
+        self.log_dict(
+            {name: value.detach() for name, value in named.items()},
+            batch_size=len(batch),
+            sync_dist=validating,
+            on_step=not validating,
+            on_epoch=validating,
+        )
+        self.log(
+            f"{stage}/loss_bar" if validating else "loss",
+            losses["total"].detach(),
+            prog_bar=True,
+            logger=False,
+            batch_size=len(batch),
+        )
+        return losses
+
+    def _log_errors(self, predicted_BH8: Tensor, batch: RobotBatch) -> None:
+        errors = chunk_errors(predicted_BH8, batch.actions, batch.action_mask)
+        valid = int(batch.action_mask.sum())
+        if valid == 0:
+            return
+        self.log_dict(
+            {f"val/{name}": value for name, value in errors.items()},
+            batch_size=valid,
+            sync_dist=True,
+            on_step=False,
+            on_epoch=True,
+        )
+
+
+def chunk_errors(predicted_BH8: Tensor, true_BH8: Tensor, mask_BH: Tensor) -> dict[str, Tensor]:
+    """Compare chunks in physical units over valid targets.
+
+    Args:
+        predicted_BH8: float (B, H, 8) predicted [x m, q xyzw, gripper openness].
+        true_BH8: float (B, H, 8), likewise.
+        mask_BH: bool (B, H), True where a target counts; at least one must.
+
+    Returns:
+        Scalars: `translation_error_mm` (mean Euclidean distance), `rotation_error_deg` (mean rotation angle),
+        `gripper_accuracy` (share on the right side of one half).
+    """
+    predicted, true = predicted_BH8[mask_BH].float(), true_BH8[mask_BH].float()
+    distance = torch.linalg.vector_norm(predicted[:, :3] - true[:, :3], dim=-1)
+    angle = quaternions.rotation_angle(predicted[:, 3:7], true[:, 3:7])
+    gripper = (predicted[:, 7] > 0.5) == (true[:, 7] > 0.5)
+    return {
+        "translation_error_mm": 1000 * distance.mean(),
+        "rotation_error_deg": torch.rad2deg(angle.mean()),
+        "gripper_accuracy": gripper.float().mean(),
+    }

@@ -1,0 +1,120 @@
+"""Encoded camera frames -> uint8 pixels at the size the model sees: cropped or padded, never stretched."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor
+
+from spear_lightning.errors import DataError
+from spear_lightning.geometry.cameras import check_divisible, fit_window
+
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+
+BLANK_SPREAD = 8
+"""A picture whose values all lie within this many of 255 levels shows nothing."""
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """The size at which the model sees a camera.
+
+    Attributes:
+        width: Pixels, a multiple of 14 (SPEAR-1: 280 for external cameras, 112 for the wrist).
+        height: Pixels, a multiple of 14 (SPEAR-1: 210 and 112).
+        fit: How other aspect ratios are met: "crop" cuts the centre out, "pad" adds black bars. Never
+            stretched: depth depends on the aspect ratio.
+        source: Camera of the data set's registry entry; default: the camera of the same name.
+    """
+
+    width: int
+    height: int
+    fit: Literal["crop", "pad"] = "crop"
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        check_divisible(self.height, self.width, where="camera size")
+
+
+def image_format(data: bytes) -> Literal["jpeg", "png", "broken"]:
+    """Return the format by the first and last bytes: cheap enough for every frame of a data set."""
+    if data.startswith(JPEG_START):
+        # Some encoders pad the end with zeros.
+        return "jpeg" if JPEG_END in data[-64:] else "broken"
+    if data.startswith(PNG_START):
+        return "png" if b"IEND" in data[-12:] else "broken"
+    return "broken"
+
+
+def decode_image(data: bytes, where: object) -> np.ndarray:
+    """Decode JPEG (libjpeg-turbo) or PNG.
+
+    Args:
+        data: The encoded image.
+        where: What to name in an error.
+
+    Returns:
+        uint8 RGB (height, width, 3).
+
+    Raises:
+        DataError: If the bytes are neither, or damaged.
+    """
+    try:
+        if data.startswith(JPEG_START):
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if data.startswith(PNG_START):
+            from PIL import Image
+
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise _broken(where, error) from error
+    raise _broken(where, f"{len(data)} bytes that start with {data[:8]!r}")
+
+
+def _broken(where: object, found: object) -> DataError:
+    return DataError(
+        "A camera frame cannot be decoded",
+        where=where,
+        found=found,
+        expected="a whole JPEG or PNG",
+        remedy="index the data set again with --verify_images, which leaves such frames out",
+    )
+
+
+def is_blank(image_HW3: np.ndarray) -> bool:
+    """Return whether a picture shows nothing: data sets store such dummies for cameras that were not there."""
+    return int(image_HW3.max()) - int(image_HW3.min()) <= BLANK_SPREAD
+
+
+def fit_image(image_HW3: np.ndarray, camera: CameraSpec) -> Tensor:
+    """Crop or pad a picture to the camera's aspect ratio and resize it with antialiasing.
+
+    Args:
+        image_HW3: uint8 RGB (height, width, 3), any size.
+        camera: Target size and fit.
+
+    Returns:
+        uint8 (3, camera.height, camera.width).
+    """
+    height, width = image_HW3.shape[:2]
+    window = fit_window(height, width, camera.height, camera.width, camera.fit)
+    source, target = window.source, window.destination
+    cut = image_HW3[source.top : source.top + source.height, source.left : source.left + source.width]
+    # A channels-last view: torch's uint8 resize is about three times as fast on it as on planes.
+    pixels = torch.from_numpy(cut).permute(2, 0, 1)[None]
+    if (source.height, source.width) != (target.height, target.width):
+        pixels = torch.nn.functional.interpolate(
+            pixels, size=(target.height, target.width), mode="bilinear", antialias=True, align_corners=False
+        )
+    if (target.height, target.width) == (camera.height, camera.width):
+        return pixels[0]
+    padded = torch.zeros((1, 3, camera.height, camera.width), dtype=torch.uint8)
+    rows = slice(target.top, target.top + target.height)
+    padded[:, :, rows, target.left : target.left + target.width] = pixels
+    return padded[0]

@@ -1,0 +1,189 @@
+"""Building an index: every shard is read once, in parallel, and described by arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spear_lightning.errors import DataError
+from spear_lightning.robot_data.index_store import (
+    DESCRIPTION,
+    SCHEMA,
+    ArrayFolderWriter,
+    default_index_root,
+)
+from spear_lightning.robot_data.registry import DatasetEntry
+from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_rlds
+from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, plan_shards, read_shard
+
+
+def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: Path | None = None) -> Path:
+    """Return where the index of a split is kept.
+
+    The name holds a hash of the shards' names, sizes and times, and of the conventions: when any of them
+    changes, another index is made.
+    """
+    identity: list[object] = [SCHEMA, entry.fingerprint(), str(folder.path.resolve()), split]
+    for path, _ in folder.require_split(split):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(
+                "A shard is missing",
+                where=path,
+                expected=f"{len(folder.shards[split])} shards, as dataset_info.json says",
+                remedy="download the data set again",
+            ) from error
+        identity.append((path.name, status.st_size, status.st_mtime_ns))
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    root = index_root or default_index_root()
+    return root / f"{folder.name}-{folder.version}-{split}-{digest}"
+
+
+def ensure_index(
+    root: str | Path, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
+) -> Path:
+    """Return the index of a registry entry's data set under a data root, building it if there is none."""
+    folder = open_rlds(find_rlds(root, entry.name, entry.version))
+    path = index_path(folder, split, entry, index_root)
+    if not (path / DESCRIPTION).is_file():
+        build_index(folder, split, entry, index_root)
+    return path
+
+
+def build_index(
+    folder: RldsFolder,
+    split: str,
+    entry: DatasetEntry,
+    index_root: Path | None = None,
+    workers: int | None = None,
+    verify_images: bool = False,
+) -> Path:
+    """Read all shards of a split and write their index.
+
+    Args:
+        folder: The data set.
+        split: E.g. "train".
+        entry: Its conventions.
+        index_root: Folder of indexes; default: `default_index_root()`.
+        workers: Processes; default: one per core.
+        verify_images: Decode every image instead of looking at its first and last bytes.
+
+    Returns:
+        The index's folder.
+
+    Raises:
+        DataError: If the folder lacks what the entry promises, a shard is missing or damaged, or no episode
+            can be used.
+    """
+    plan = plan_shards(folder, entry, verify_images)
+    target = index_path(folder, split, entry, index_root)
+    shards = [path for path, _ in folder.require_split(split)]
+    problems: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    instructions: dict[str, int] = {}
+    frames = 0
+    with ArrayFolderWriter(target) as writer:
+        for number, part in enumerate(
+            _with_progress(shards, plan, workers, f"indexing {folder.name} {split}")
+        ):
+            problems += part.problems
+            for problem, where in part.examples.items():
+                examples.setdefault(problem, where)
+            if part.instructions:
+                frames = _append(writer, part, number, frames, instructions)
+        if frames == 0:
+            raise DataError(
+                "No episode of the data set can be used",
+                where=folder.path,
+                found=dict(problems) or "no records",
+                expected="at least one whole episode",
+            )
+        writer.finish(
+            {
+                "dataset": entry.id,
+                "name": folder.name,
+                "version": folder.version,
+                "split": split,
+                "rate_hz": entry.rate_hz,
+                "conventions": entry.fingerprint(),
+                "data_folder": str(folder.path.resolve()),
+                "shards": [path.name for path in shards],
+                "instructions": list(instructions),
+                "problems": dict(problems),
+                "problem_examples": examples,
+                "images_verified": verify_images,
+            }
+        )
+    return target
+
+
+def _append(
+    writer: ArrayFolderWriter, part: ShardPart, shard: int, frames: int, instructions: dict[str, int]
+) -> int:
+    """Append one shard's part; returns the number of frames written so far."""
+    lengths_E = part.arrays.pop("length")
+    usable_N = part.arrays.pop("usable")
+    ends_E = np.cumsum(lengths_E)
+    for name, rows in part.arrays.items():
+        writer.append(name, rows)
+    writer.append("episode_start", frames + ends_E - lengths_E)
+    writer.append("episode_length", lengths_E)
+    writer.append("episode_shard", np.full(len(lengths_E), shard, np.int32))
+    ids = [instructions.setdefault(text, len(instructions)) for text in part.instructions]
+    writer.append("instruction_id", np.array(ids, np.int32))
+    writer.append("sample", frames + np.flatnonzero(usable_N))
+    writer.append("episode_samples", np.add.reduceat(usable_N.astype(np.int64), ends_E - lengths_E))
+    return frames + int(ends_E[-1])
+
+
+def _with_progress(
+    shards: list[Path], plan: ShardPlan, workers: int | None, title: str
+) -> Iterator[ShardPart]:
+    """Yield the shards' parts in order, with a bar that counts bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    sizes = [path.stat().st_size for path in shards]
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=sum(sizes))
+        for size, part in zip(sizes, _read_all(shards, plan, workers), strict=True):
+            yield part
+            progress.advance(task, size)
+
+
+def _read_all(shards: list[Path], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
+    workers = min(workers or os.cpu_count() or 1, len(shards))
+    if workers <= 1:
+        yield from (read_shard(path, plan) for path in shards)
+        return
+    # Forking a process that runs torch threads can hang; spawned ones cannot.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting: deque[Future[ShardPart]] = deque()
+        try:
+            for path in shards:
+                waiting.append(pool.submit(read_shard, path, plan))
+                # A bounded queue: finished parts wait in memory until it is their turn.
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

@@ -1,0 +1,136 @@
+"""A data loader over an endless stream whose state is one number: how many batches were handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from spear_lightning.batches import RobotBatch
+from spear_lightning.errors import CheckpointError
+from spear_lightning.robot_data.dataset import RobotDataset, as_is
+
+
+class StreamBatches(Sampler[list[int]]):
+    """Batches of places in the global stream for one process, from a given batch on, without end.
+
+    Batch b of all processes together holds places [b * G, (b + 1) * G), G = batch size times processes; so
+    the samples of a step do not depend on the number of processes, only who gets which.
+
+    Args:
+        batch_size: Samples per process.
+        rank: This process.
+        world_size: Number of processes.
+        first: First batch.
+    """
+
+    def __init__(self, batch_size: int, rank: int, world_size: int, first: int) -> None:
+        self._batch_size, self._rank, self._world_size, self._first = batch_size, rank, world_size, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        number = self._first
+        while True:
+            start = (number * self._world_size + self._rank) * self._batch_size
+            yield np.arange(start, start + self._batch_size).tolist()
+            number += 1
+
+
+class ResumableLoader:
+    """Iterates over epochs of a fixed number of batches; continues exactly where its state says.
+
+    Workers run ahead, so their position is of no use after a restart; what is saved is the number of batches
+    handed out. The workers live from the first batch to the end of training: an epoch costs no restart.
+
+    Args:
+        dataset: Reads batches at places of an endless stream.
+        batch_size: Samples per process and step.
+        epoch_batches: Batches after which an epoch ends.
+        rank: This process.
+        world_size: Number of processes.
+        num_workers: Worker processes; 0 reads in this process.
+        prefetch: Batches each worker prepares ahead.
+        pin_memory: Whether batches are put into page-locked memory.
+    """
+
+    def __init__(
+        self,
+        dataset: RobotDataset,
+        batch_size: int,
+        epoch_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self._epoch_batches = epoch_batches
+        self._rank, self._world_size = rank, world_size
+        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        if num_workers > 0:
+            self._options["prefetch_factor"] = prefetch
+            # Workers forked from a clean server share no locks or threads with the trainer.
+            self._options["multiprocessing_context"] = "forkserver"
+        self._given = 0
+        self._running: Iterator[RobotBatch] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        return self._epoch_batches
+
+    def __iter__(self) -> Iterator[RobotBatch]:
+        """Yield the rest of the current epoch; at its end the next iteration begins a new one."""
+        if self._running is None:
+            batches = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
+            self._running = iter(
+                DataLoader(self.dataset, batch_sampler=batches, collate_fn=as_is, **self._options)
+            )
+        while True:
+            batch = next(self._running)
+            self._given += 1
+            yield batch
+            if self._given % self._epoch_batches == 0:
+                return
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a checkpoint needs to continue exactly."""
+        return {"batches": self._given, "global_batch_size": self.batch_size * self._world_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from a checkpoint, also with another number of processes.
+
+        Raises:
+            CheckpointError: If the global batch size differs: the stream would be cut into other batches.
+        """
+        own = self.batch_size * self._world_size
+        if state["global_batch_size"] != own:
+            raise CheckpointError(
+                "The run to resume had another global batch size",
+                where="data.batch_size",
+                found=f"{own} (batch size {self.batch_size} x {self._world_size} processes)",
+                expected=state["global_batch_size"],
+                remedy="set the batch size so that batch size times processes stays the same",
+            )
+        self._given = state["batches"]
+        self._running = None
+
+
+def finite_loader(
+    dataset: RobotDataset, places: range, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[RobotBatch]:
+    """Return an ordinary loader over some places, in order; the last batch may be smaller."""
+    places_n = list(places)
+    batches = [places_n[start : start + batch_size] for start in range(0, len(places_n), batch_size)]
+    context = "forkserver" if num_workers > 0 else None
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=as_is,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+    )

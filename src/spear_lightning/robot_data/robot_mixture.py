@@ -1,0 +1,96 @@
+"""A weighted mixture of robot data sets under one root: opened, divided into training and held-out, measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.episode_index import EpisodeIndex
+from spear_lightning.robot_data.index_build import ensure_index
+from spear_lightning.robot_data.index_store import default_index_root
+from spear_lightning.robot_data.mixture import SampleStream, Weighting, mixture_shares
+from spear_lightning.robot_data.registry import entry_of
+from spear_lightning.robot_data.sample_source import SampleSource, split_episodes
+from spear_lightning.robot_data.statistics import (
+    MixtureStatistics,
+    mixture_statistics,
+    read_statistics,
+    write_statistics,
+)
+
+
+class RobotMixture:
+    """Data sets with weights; builds missing indexes.
+
+    Args:
+        root: Folder that holds NAME/VERSION folders of RLDS data sets.
+        weights: Registry id -> weight.
+        weighting: "per_frame" (weight times frames) or "share" (weight alone).
+        holdout: Share of each data set's episodes held out for validation.
+        keep_without_instruction: Whether episodes without language are used.
+        seed: Of the shuffling and of the choice of held-out episodes.
+        index_folder: Where indexes are kept; default: `default_index_root()`.
+
+    Attributes:
+        training: Per data set, the frames trained on.
+        held_out: Per data set, the frames held out.
+        shares: float64, share of each data set in the mixture.
+
+    Raises:
+        ConfigError: If a data set is unknown or a weight is not positive.
+        DataError: If a data set is missing, broken, or nothing of it can be used.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        weights: Mapping[str, float],
+        weighting: Weighting = "per_frame",
+        holdout: float = 0.02,
+        keep_without_instruction: bool = False,
+        seed: int = 0,
+        index_folder: str | Path | None = None,
+    ) -> None:
+        self.weights = dict(weights)
+        self.seed = seed
+        self._index_root = Path(index_folder) if index_folder else default_index_root()
+        # All ids are checked before the first index is built.
+        entries = [entry_of(dataset) for dataset in weights]
+        folders = [ensure_index(root, entry, index_root=self._index_root) for entry in entries]
+        self.training: list[SampleSource] = []
+        self.held_out: list[SampleSource] = []
+        for folder in folders:
+            index = EpisodeIndex(folder)
+            kept, held = split_episodes(index, holdout, keep_without_instruction, seed)
+            self.training.append(SampleSource(index, kept))
+            self.held_out.append(SampleSource(index, held))
+        sizes = {dataset: len(source) for dataset, source in zip(weights, self.training, strict=True)}
+        self.shares = mixture_shares(weights, sizes, weighting)
+
+    @property
+    def num_samples(self) -> int:
+        """Training frames that may start a chunk, over all data sets."""
+        return sum(len(source) for source in self.training)
+
+    def stream(self) -> SampleStream:
+        """Return the endless stream of training samples."""
+        return SampleStream([len(source) for source in self.training], self.shares, self.seed)
+
+    def statistics(self, chunks: ChunkSpec) -> MixtureStatistics:
+        """Return the mixture's quantiles: computed once, then read from a file beside the indexes."""
+        identity = [
+            asdict(chunks),
+            [(source.index.folder.name, source.episodes.tolist()) for source in self.training],
+            self.shares.tolist(),
+        ]
+        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        path = self._index_root / f"statistics-{digest}.json"
+        if path.is_file():
+            return read_statistics(path)
+        statistics = mixture_statistics(self.training, self.shares, chunks)
+        write_statistics(path, statistics)
+        return statistics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -141,6 +141,6 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
                 batch.image_mask[name][row] = True
 
 
-def as_is(batch: RobotBatch) -> RobotBatch:
+def as_is(batch: Any) -> Any:
     """Collate function of a dataset that already returns batches."""
     return batch

@@ -6,7 +6,7 @@ small arrays, byte strings are (offset, length) spans, so that an image can late
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,10 +121,9 @@ def _feature(data: memoryview, start: int, end: int) -> Column:
         stop = position + length
         if tag & 7 != _LENGTH_DELIMITED or stop > end:
             raise ValueError("a feature is not a list")
-        reader = {1: _byte_spans, 2: _floats, 3: _integers}.get(tag >> 3)
-        if reader is None:
+        if tag >> 3 not in _LISTS:
             raise ValueError(f"a feature has kind {tag >> 3}")
-        column = reader(data, position, stop)
+        column = _LISTS[tag >> 3](data, position, stop)
         position = stop
     return column
 
@@ -177,10 +176,13 @@ def _packed_varints(data_n: np.ndarray) -> np.ndarray:
         raise ValueError("a list of integers is cut")
     ends = np.flatnonzero(last_n)
     starts = np.concatenate([[0], ends[:-1] + 1])
-    index_n = np.cumsum(last_n) - last_n
+    index_n: np.ndarray = np.cumsum(last_n) - last_n
     shift_n = (np.arange(len(data_n)) - starts[index_n]).astype(np.uint64) * np.uint64(7)
     parts_n = (data_n & 0x7F).astype(np.uint64) << shift_n
     return np.add.reduceat(parts_n, starts).view(np.int64)
+
+
+_LISTS: dict[int, Callable[[memoryview, int, int], Column]] = {1: _byte_spans, 2: _floats, 3: _integers}
 
 
 def serialize_example(columns: Mapping[str, Sequence[bytes] | np.ndarray]) -> bytes:

@@ -93,9 +93,7 @@ def build_index(
     instructions: dict[str, int] = {}
     frames = 0
     with ArrayFolderWriter(target) as writer:
-        for number, part in enumerate(
-            _with_progress(shards, plan, workers, f"indexing {folder.name} {split}")
-        ):
+        for number, part in enumerate(_with_progress(shards, plan, workers, f"indexing {folder.name} {split}")):
             problems += part.problems
             for problem, where in part.examples.items():
                 examples.setdefault(problem, where)
@@ -146,9 +144,7 @@ def _append(
     return frames + int(ends_E[-1])
 
 
-def _with_progress(
-    shards: list[Path], plan: ShardPlan, workers: int | None, title: str
-) -> Iterator[ShardPart]:
+def _with_progress(shards: list[Path], plan: ShardPlan, workers: int | None, title: str) -> Iterator[ShardPart]:
     """Yield the shards' parts in order, with a bar that counts bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

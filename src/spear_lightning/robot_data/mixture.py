@@ -21,9 +21,7 @@ BLOCK = 1 << 16
 Weighting = Literal["per_frame", "share"]
 
 
-def mixture_shares(
-    weights: Mapping[str, float], sizes: Mapping[str, int], weighting: Weighting
-) -> np.ndarray:
+def mixture_shares(weights: Mapping[str, float], sizes: Mapping[str, int], weighting: Weighting) -> np.ndarray:
     """Return each data set's share of the samples.
 
     Args:

@@ -181,7 +181,7 @@ def _collect(node: dict[str, Any], prefix: str, per_step: bool, into: dict[str, 
     for candidate in ("tensor", "image", "text"):
         if candidate in node:
             details = node[candidate]
-            kind = candidate  # type: ignore[assignment]
+            kind = candidate
             # Proto3 JSON writes 64-bit numbers as strings and leaves default values out.
             shape = tuple(int(size) for size in details.get("shape", {}).get("dimensions", []))
             dtype = details.get("dtype", "")

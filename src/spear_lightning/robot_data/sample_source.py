@@ -56,14 +56,10 @@ def split_episodes(
         DataError: If nothing is left to train on.
     """
     if not 0 <= holdout < 1:
-        raise ConfigError(
-            "The share of held-out episodes is out of range", where="data.holdout", found=holdout
-        )
+        raise ConfigError("The share of held-out episodes is out of range", where="data.holdout", found=holdout)
     with_samples = np.diff(index.episode_sample_starts) > 0
     if not keep_without_instruction:
-        with_samples &= np.array([bool(text) for text in index.instructions])[
-            np.asarray(index.instruction_ids)
-        ]
+        with_samples &= np.array([bool(text) for text in index.instructions])[np.asarray(index.instruction_ids)]
     episodes = np.flatnonzero(with_samples)
     count = round(holdout * len(episodes))
     if holdout > 0 and len(episodes) > 1:

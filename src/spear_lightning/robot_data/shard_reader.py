@@ -83,11 +83,7 @@ def plan_shards(folder: RldsFolder, entry: DatasetEntry, verify_images: bool = F
             remedy="check that it is the right copy of the data set, or the right --dataset",
         )
     streams = tuple(
-        sorted(
-            key
-            for key, feature in steps.items()
-            if feature.kind == "tensor" and feature.size <= WIDEST_STREAM
-        )
+        sorted(key for key, feature in steps.items() if feature.kind == "tensor" and feature.size <= WIDEST_STREAM)
     )
     return ShardPlan(entry, folder.features, streams, verify_images)
 

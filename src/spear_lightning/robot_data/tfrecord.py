@@ -42,25 +42,28 @@ def read_records(path: Path) -> Iterator[tuple[int, memoryview]]:
         raise DataError("A shard is missing", where=path, remedy="download the data set again") from error
     if size == 0:
         raise _broken(path, 0, "the file is empty")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        with memoryview(mapped) as view:
-            start = 0
-            while start < size:
-                if start + RECORD_OVERHEAD > size:
-                    raise _broken(path, start, f"{size - start} bytes are left, too few for a record")
-                length, length_crc = _HEADER.unpack_from(view, start)
-                if masked_crc32c(bytes(view[start : start + 8])) != length_crc:
-                    raise _broken(path, start, "the checksum of a record's length does not match")
-                begin = start + _HEADER.size
-                end = begin + length
-                if end + _FOOTER.size > size:
-                    raise _broken(path, start, f"the last record is cut: {length} bytes promised")
-                (payload_crc,) = _FOOTER.unpack_from(view, end)
-                with view[begin:end] as payload:
-                    if masked_crc32c(bytes(payload)) != payload_crc:
-                        raise _broken(path, start, "the checksum of a record's payload does not match")
-                    yield begin, payload
-                start = end + _FOOTER.size
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        start = 0
+        while start < size:
+            if start + RECORD_OVERHEAD > size:
+                raise _broken(path, start, f"{size - start} bytes are left, too few for a record")
+            length, length_crc = _HEADER.unpack_from(view, start)
+            if masked_crc32c(bytes(view[start : start + 8])) != length_crc:
+                raise _broken(path, start, "the checksum of a record's length does not match")
+            begin = start + _HEADER.size
+            end = begin + length
+            if end + _FOOTER.size > size:
+                raise _broken(path, start, f"the last record is cut: {length} bytes promised")
+            (payload_crc,) = _FOOTER.unpack_from(view, end)
+            with view[begin:end] as payload:
+                if masked_crc32c(bytes(payload)) != payload_crc:
+                    raise _broken(path, start, "the checksum of a record's payload does not match")
+                yield begin, payload
+            start = end + _FOOTER.size
 
 
 def _broken(path: Path, offset: int, found: str) -> DataError:

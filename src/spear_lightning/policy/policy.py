@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spear_lightning.batches import STATE_WIDTH, RobotBatch
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.flow import ActionFlow
+from spear_lightning.geometry.poses import ChunkMode
 from spear_lightning.models import PromptTokenizer, SpearVLA
 from spear_lightning.policy.normalizer import ActionNormalizer
 from spear_lightning.robot_data.images import CameraSpec, fit_image
@@ -35,7 +36,7 @@ class PolicyInterface:
     cameras: dict[str, CameraSpec]
     horizon: int
     rate_hz: float
-    chunk_mode: str
+    chunk_mode: ChunkMode
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint."""

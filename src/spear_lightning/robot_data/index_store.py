@@ -6,6 +6,7 @@ that could be taken for an index.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,10 +58,7 @@ class ArrayFolderWriter:
         self._arrays[name]["rows"] += len(rows)
 
     def finish(self, description: dict[str, Any]) -> None:
-        """Write the description and give the folder its name.
-
-        If another process finished the same folder meanwhile, that one is kept.
-        """
+        """Write the description and give the folder its name, in place of an older one if there is one."""
         for file in self._files.values():
             file.close()
         text = json.dumps({"schema": SCHEMA, **description, "arrays": self._arrays}, indent=1)
@@ -68,11 +66,17 @@ class ArrayFolderWriter:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        replaced = self._temporary.with_suffix(".replaced")
+        with contextlib.suppress(FileNotFoundError):
+            # A folder cannot be renamed onto one that is not empty; processes that map the old one keep it.
+            os.rename(self.folder, replaced)
         try:
             os.rename(self._temporary, self.folder)
         except OSError:
+            # Another process may have finished the same folder in between: it is as good.
             if not (self.folder / DESCRIPTION).is_file():
                 raise
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,1 +1,53 @@
-"""Placeholder."""
+"""The training room: all that knows of Lightning. YAML files name its classes as `spear_lightning.training.CLASS`.
+
+Classes are imported when they are first asked for: the command line must answer before Lightning is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spear_lightning.training.ema import ExponentialMovingAverage
+    from spear_lightning.training.first_validation import FirstValidation
+    from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
+    from spear_lightning.training.optimizer import OptimizerRecipe
+    from spear_lightning.training.robot_data_module import RobotDataModule
+    from spear_lightning.training.tracking import MLflowRunLogger
+    from spear_lightning.training.validation_pictures import ValidationPictures
+    from spear_lightning.training.vla_module import VLAModule
+
+_HOMES = {
+    "ExponentialMovingAverage": "ema",
+    "FirstValidation": "first_validation",
+    "FreezeSchedule": "freeze_schedule",
+    "MLflowRunLogger": "tracking",
+    "OptimizerRecipe": "optimizer",
+    "Phase": "freeze_schedule",
+    "RobotDataModule": "robot_data_module",
+    "VLAModule": "vla_module",
+    "ValidationPictures": "validation_pictures",
+}
+
+__all__ = [
+    "ExponentialMovingAverage",
+    "FirstValidation",
+    "FreezeSchedule",
+    "MLflowRunLogger",
+    "OptimizerRecipe",
+    "Phase",
+    "RobotDataModule",
+    "VLAModule",
+    "ValidationPictures",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

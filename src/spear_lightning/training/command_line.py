@@ -18,6 +18,7 @@ from spear_lightning.errors import CheckpointError
 from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.configuration import KEPT_SECTIONS
+from spear_lightning.training.prediction_writer import PredictionWriter
 from spear_lightning.training.tracking import RunRecord
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,12 @@ class SpearCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; checkpoints go to the run's folder unless their callback names another."""
+        if self.subcommand == "predict":
+            # A prediction is no run to be tracked; its result is a file and a table.
+            kwargs["logger"] = False
         trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "predict":
+            trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")

@@ -81,7 +81,16 @@ class PredictionWriter(Callback):
 def summary(predicted_NH8: Tensor, true_NH8: Tensor, mask_NH: Tensor, path: Path) -> Table:
     """Return the table of errors per target of the chunk; targets without a valid sample are left out."""
     table = Table(title=f"{len(true_NH8)} chunks -> {path}")
-    columns: Sequence[str] = ("target", "translation error (mm)", "rotation error (deg)", "gripper right")
+    still_NH8 = torch.zeros_like(true_NH8)
+    still_NH8[..., 6] = 1
+    columns: Sequence[str] = (
+        "target",
+        "translation error (mm)",
+        "of standing still",
+        "rotation error (deg)",
+        "of standing still",
+        "gripper right",
+    )
     for column in columns:
         table.add_column(column, justify="right")
     for target in range(true_NH8.shape[1]):
@@ -89,10 +98,13 @@ def summary(predicted_NH8: Tensor, true_NH8: Tensor, mask_NH: Tensor, path: Path
         if not bool(mask_NH[:, one].any()):
             continue
         errors = chunk_errors(predicted_NH8[:, one], true_NH8[:, one], mask_NH[:, one])
+        still = chunk_errors(still_NH8[:, one], true_NH8[:, one], mask_NH[:, one])
         table.add_row(
             str(target + 1),
             f"{errors['translation_error_mm']:.1f}",
+            f"{still['translation_error_mm']:.1f}",
             f"{errors['rotation_error_deg']:.2f}",
+            f"{still['rotation_error_deg']:.2f}",
             f"{100 * errors['gripper_accuracy']:.0f} %",
         )
     return table

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
 from spear_lightning.geometry import quaternions
-from spear_lightning.geometry.poses import chunk_to_poses
+from spear_lightning.geometry.poses import ChunkMode, chunk_to_poses
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +56,7 @@ class ValidationPictures(Callback):
                 logger.experiment.log_image(logger.run_id, pixels, artifact_file=name)
 
 
-def draw_chunks(output: ValidationOutput, chunk_mode: str, samples: int) -> Figure:
+def draw_chunks(output: ValidationOutput, chunk_mode: ChunkMode, samples: int) -> Figure:
     """Return the picture described at `ValidationPictures`.
 
     Args:

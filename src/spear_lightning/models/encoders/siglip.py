@@ -1,0 +1,124 @@
+"""SigLIP So400m/14, the semantic encoder of PaliGemma (spec section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from spear_lightning.errors import CheckpointError
+from spear_lightning.models.encoders.base import VisionEncoder
+from spear_lightning.models.encoders.positions import interpolate_positions
+from spear_lightning.models.encoders.weight_files import TRANSFORMERS_FILES, load_exactly, read_state_dict
+
+TOWER_PREFIXES = (
+    "model.vision_tower.vision_model.",
+    "model.vision_tower.",
+    "vision_tower.vision_model.",
+    "vision_tower.",
+    "vision_model.",
+    "",
+)
+"""Where PaliGemma and SigLIP checkpoints of all ages keep the vision tower; the most specific first."""
+
+POSITION_TABLE = "embeddings.position_embedding.weight"
+
+
+class SiglipEncoder(VisionEncoder):
+    """SigLIP's vision tower without its pooling head; tokens pass the final LayerNorm, as PaliGemma wants.
+
+    The defaults are So400m/14 at 224 pixels, which PaliGemma 3B uses. Position embeddings are interpolated to
+    the image's grid in float32.
+
+    Args:
+        width: Channels of the transformer and of an output token.
+        depth: Blocks.
+        heads: Attention heads.
+        mlp_width: Channels inside the MLP.
+        image_size: Side in pixels of the images the position table was trained on.
+        weights: PaliGemma or SigLIP weights: hub id, folder or file; `None` keeps the random ones.
+    """
+
+    def __init__(
+        self,
+        width: int = 1152,
+        depth: int = 27,
+        heads: int = 16,
+        mlp_width: int = 4304,
+        image_size: int = 224,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), weights=weights)
+        config = SiglipVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            intermediate_size=mlp_width,
+            image_size=image_size,
+            patch_size=self.patch_size,
+            vision_use_head=False,
+        )
+        self.model = SiglipVisionModel(config)
+
+    @property
+    def width(self) -> int:
+        """Channels of an output token."""
+        return int(self.model.config.hidden_size)
+
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Return tokens (B, N, width) after the final LayerNorm."""
+        embeddings = self.model.embeddings
+        rows, columns = self.grid(pixels_B3HW.shape[2], pixels_B3HW.shape[3])
+        patches_BND = embeddings.patch_embedding(pixels_B3HW).flatten(2).transpose(1, 2)
+        positions_ND = interpolate_positions(embeddings.position_embedding.weight, rows, columns)
+        hidden_BND = patches_BND + positions_ND.to(patches_BND.dtype)
+        hidden_BND = self.model.encoder(inputs_embeds=hidden_BND).last_hidden_state
+        return self.model.post_layernorm(hidden_BND)
+
+    def load_pretrained(self) -> None:
+        """Load `weights`; see `VisionEncoder.load_pretrained`."""
+        if self.weights is not None:
+            state, where = read_state_dict(self.weights, TRANSFORMERS_FILES)
+            self.load_tower(state, where)
+
+    def load_tower(self, state: Mapping[str, Any], where: object) -> None:
+        """Load the vision tower out of a PaliGemma or SigLIP state dict.
+
+        Args:
+            state: All of the checkpoint's tensors.
+            where: Their origin, for errors.
+
+        Raises:
+            CheckpointError: If there is no vision tower, or it has another architecture.
+        """
+        load_exactly(self.model, vision_tower(state, where), where)
+
+
+def vision_tower(state: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Return the vision tower's tensors under transformers' names, without the pooling head.
+
+    Args:
+        state: Tensors of a PaliGemma or SigLIP checkpoint.
+        where: Their origin, for errors.
+
+    Raises:
+        CheckpointError: If there is no vision tower.
+    """
+    prefix = next((prefix for prefix in TOWER_PREFIXES if prefix + POSITION_TABLE in state), None)
+    if prefix is None:
+        raise CheckpointError(
+            "The weights contain no SigLIP vision tower",
+            where=where,
+            found=sorted(state)[:3],
+            expected=f"a tensor named `...{POSITION_TABLE}`",
+        )
+    tower = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    parts = ("embeddings.", "encoder.", "post_layernorm.")
+    # Old files also store the row numbers 0..N-1.
+    return {
+        name: value
+        for name, value in tower.items()
+        if name.startswith(parts) and name != "embeddings.position_ids"
+    }

@@ -1,0 +1,202 @@
+"""Gemma's transformer blocks with keys and values in the open.
+
+The parts and the parameter names are those of transformers' `GemmaModel`; the attention differs in how it is
+called. It returns its keys and values and takes those of a context as an argument, instead of through a cache
+that grows with every call: a context can be used many times, gradients flow through it, and blocks can be
+compiled, sharded and recomputed one by one.
+
+Legend: B batch, L tokens, K tokens attended to, D width, H heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm, repeat_kv
+
+from spear_lightning.models.gemma_shape import GemmaShape
+from spear_lightning.models.rotary import Rotation, rotate, rotation_at
+
+
+class KeyValue(NamedTuple):
+    """Keys (rotated) and values of one block: (B, kv_heads, L, head_dim) each."""
+
+    key: Tensor
+    value: Tensor
+
+
+class GemmaAttention(nn.Module):
+    """Grouped-query attention with rotary positions.
+
+    Args:
+        shape: Sizes.
+    """
+
+    def __init__(self, shape: GemmaShape) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        self.groups = shape.heads // shape.kv_heads
+        self.q_proj = nn.Linear(shape.width, shape.heads * shape.head_dim, bias=False)
+        self.k_proj = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)
+        self.v_proj = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)
+        self.o_proj = nn.Linear(shape.heads * shape.head_dim, shape.width, bias=False)
+
+    def key_value(self, hidden_BLD: Tensor, rotation: Rotation) -> KeyValue:
+        """Return the keys and values of tokens (B, L, D)."""
+        return KeyValue(
+            rotate(self._heads(self.k_proj(hidden_BLD)), rotation), self._heads(self.v_proj(hidden_BLD))
+        )
+
+    def forward(
+        self, hidden_BLD: Tensor, rotation: Rotation, mask: Tensor | None, context: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend; see `GemmaBlock.forward`."""
+        own = self.key_value(hidden_BLD, rotation)
+        query_BHLd = rotate(self._heads(self.q_proj(hidden_BLD)), rotation)
+        key, value = own
+        if context is not None:
+            key, value = torch.cat([context.key, key], dim=2), torch.cat([context.value, value], dim=2)
+        grouped = self.groups > 1 and mask is None
+        if self.groups > 1 and mask is not None:
+            # With a mask, grouped heads would leave CUDA nothing but its slowest attention kernel.
+            key, value = repeat_kv(key, self.groups), repeat_kv(value, self.groups)
+        attended_BHLd = F.scaled_dot_product_attention(query_BHLd, key, value, attn_mask=mask, enable_gqa=grouped)
+        return self.o_proj(attended_BHLd.transpose(1, 2).flatten(2)), own
+
+    def _heads(self, projected_BLX: Tensor) -> Tensor:
+        return projected_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class GemmaBlock(nn.Module):
+    """One transformer block: attention and gated MLP, each after an RMSNorm.
+
+    Args:
+        shape: Sizes.
+    """
+
+    def __init__(self, shape: GemmaShape) -> None:
+        super().__init__()
+        config = shape.config()
+        self.self_attn = GemmaAttention(shape)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        rotation: Rotation,
+        mask: Tensor | None = None,
+        context: KeyValue | None = None,
+        key_value_only: bool = False,
+    ) -> tuple[Tensor, KeyValue]:
+        """Run the block.
+
+        Args:
+            hidden_BLD: Tokens (B, L, D).
+            rotation: Rotation at the tokens' positions.
+            mask: bool, broadcastable to (B, 1, L, K), True = attend; K counts the context's tokens first,
+                then the block's own. `None`: every token attends to all.
+            context: Keys and values of earlier tokens to attend to as well.
+            key_value_only: Compute nothing but keys and values.
+
+        Returns:
+            The new tokens (B, L, D) (with `key_value_only` the old ones), and their own keys and values.
+        """
+        normed_BLD = self.input_layernorm(hidden_BLD)
+        if key_value_only:
+            return hidden_BLD, self.self_attn.key_value(normed_BLD, rotation)
+        attended_BLD, own = self.self_attn(normed_BLD, rotation, mask, context)
+        hidden_BLD = hidden_BLD + attended_BLD
+        return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD)), own
+
+
+class GemmaTransformer(nn.Module):
+    """A stack of Gemma blocks without token embedding.
+
+    Matrices start from a normal distribution of variance 1 / fan-in, as in Gemma's original code. The fixed
+    standard deviation 0.02 of transformers is about that at Gemma's width, but too small for narrow models.
+
+    Args:
+        shape: Sizes; `vocab_size` is not used.
+    """
+
+    def __init__(self, shape: GemmaShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.layers = nn.ModuleList(GemmaBlock(shape) for _ in range(shape.depth))
+        self.norm = GemmaRMSNorm(shape.width, eps=shape.config().rms_norm_eps)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def forward(
+        self,
+        hidden_BLD: Tensor,
+        positions_BL: Tensor,
+        mask: Tensor | None = None,
+        context: Sequence[KeyValue] | None = None,
+    ) -> Tensor:
+        """Run all blocks and the final RMSNorm.
+
+        Args:
+            hidden_BLD: Embedded tokens (B, L, D).
+            positions_BL: int64 (B or 1, L), positions of the tokens.
+            mask: See `GemmaBlock.forward`.
+            context: Keys and values that each block attends to besides its own; left as they are.
+
+        Returns:
+            Hidden states (B, L, D) after the final norm.
+        """
+        rotation = rotation_at(positions_BL, self.shape.head_dim)
+        for index, block in enumerate(self.layers):
+            hidden_BLD, _ = block(hidden_BLD, rotation, mask, None if context is None else context[index])
+        return self.norm(hidden_BLD)
+
+    def key_values(self, hidden_BLD: Tensor, positions_BL: Tensor, mask: Tensor | None = None) -> list[KeyValue]:
+        """Return the keys and values of every block, and compute nothing beyond the last ones.
+
+        Args:
+            hidden_BLD: Embedded tokens (B, L, D).
+            positions_BL: int64 (B or 1, L), positions of the tokens.
+            mask: See `GemmaBlock.forward`.
+        """
+        rotation = rotation_at(positions_BL, self.shape.head_dim)
+        collected = []
+        for index, block in enumerate(self.layers):
+            last = index == len(self.layers) - 1
+            hidden_BLD, own = block(hidden_BLD, rotation, mask, key_value_only=last)
+            collected.append(own)
+        return collected
+
+    def parameters_beyond_key_values(self) -> list[str]:
+        """Names of parameters that `key_values` does not depend on."""
+        last = f"layers.{len(self.layers) - 1}."
+        kept = tuple(f"{last}{part}" for part in ("input_layernorm.", "self_attn.k_proj.", "self_attn.v_proj."))
+        names = [name for name, _ in self.named_parameters() if name.startswith((last, "norm."))]
+        return [name for name in names if not name.startswith(kept)]
+
+
+class GemmaLanguageModel(GemmaTransformer):
+    """A Gemma with its token embedding, which is its output head as well.
+
+    Args:
+        shape: Sizes.
+    """
+
+    def __init__(self, shape: GemmaShape) -> None:
+        super().__init__(shape)
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
+        nn.init.normal_(self.embed_tokens.weight, std=shape.width**-0.5)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the embeddings (B, L, D) of token ids (B, L), scaled by the square root of the width."""
+        return self.embed_tokens(input_ids) * self.shape.width**0.5
+
+    def head(self, hidden_BLD: Tensor) -> Tensor:
+        """Return logits (B, L, vocab_size) of hidden states (B, L, D)."""
+        return F.linear(hidden_BLD, self.embed_tokens.weight)

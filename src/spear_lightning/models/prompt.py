@@ -1,0 +1,240 @@
+"""The language model's prompt: instruction -> token ids (spec section 4).
+
+The whole prompt is [image tokens | bos, instruction, newline]; the image tokens are the VLM's business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spear_lightning.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+log = logging.getLogger(__name__)
+
+BYTE = "byte"
+"""Name of the tokenizer that needs no files."""
+
+SCHEMA = 1
+"""Version of the JSON form."""
+
+
+class Vocabulary(ABC):
+    """Text -> token ids, and the ids of the prompt's fixed parts.
+
+    Attributes:
+        pad: Id of padding.
+        bos: Id of the start of a text.
+        newline: Ids of a line break.
+    """
+
+    pad: int
+    bos: int
+    newline: list[int]
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts, without special tokens."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Ids there are."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values from which the vocabulary can be rebuilt."""
+
+
+class ByteVocabulary(Vocabulary):
+    """UTF-8 bytes, after Gemma's three special tokens: 0 padding, 1 end, 2 start, 3 + b byte b."""
+
+    pad = 0
+    bos = 2
+    first_byte = 3
+
+    def __init__(self) -> None:
+        self.newline = [self.first_byte + ord("\n")]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return one id a byte."""
+        return [[self.first_byte + byte for byte in text.encode("utf-8")] for text in texts]
+
+    def __len__(self) -> int:
+        return self.first_byte + 256
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nothing: there is one byte vocabulary."""
+        return {}
+
+
+class PretrainedVocabulary(Vocabulary):
+    """A tokenizer of the `tokenizers` library, such as PaliGemma's.
+
+    Args:
+        tokenizer: The tokenizer.
+        pad: Id of padding.
+        bos: Id of the start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, pad: int, bos: int) -> None:
+        self.tokenizer = tokenizer
+        # The prompt is cut and padded here, not by settings that a file may carry.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.pad = pad
+        self.bos = bos
+        self.newline = self.encode(["\n"])[0]
+
+    @classmethod
+    def load(cls, name: str) -> PretrainedVocabulary:
+        """Load a tokenizer from the hub or a folder.
+
+        Args:
+            name: Hub id or folder.
+
+        Raises:
+            ConfigError: If there is none, or it has no fast form or no bos token.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(
+                "The tokenizer cannot be loaded",
+                where="prompt.tokenizer",
+                found=f"{name}: {str(error).strip().splitlines()[0]}",
+                expected=f"'{BYTE}', a hub id, or a folder with tokenizer.json",
+                remedy="check the name and the network; for gated ones accept the licence on the hub and run "
+                "`hf auth login`",
+            ) from error
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if backend is None or loaded.bos_token_id is None:
+            raise ConfigError(
+                "The tokenizer cannot form a prompt",
+                where="prompt.tokenizer",
+                found=f"{name}: {type(loaded).__name__}, bos token {loaded.bos_token_id}",
+                expected="a fast tokenizer (tokenizer.json) with a bos token",
+            )
+        pad = 0 if loaded.pad_token_id is None else loaded.pad_token_id
+        return cls(backend, pad, loaded.bos_token_id)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of texts."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def __len__(self) -> int:
+        return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the whole tokenizer."""
+        return {"pad": self.pad, "bos": self.bos, "backend": self.tokenizer.to_str()}
+
+
+class PromptTokenizer:
+    """Turns instructions into the text part of the prompt: bos, instruction, newline, then padding.
+
+    The length is fixed, so that the network sees one shape. A prompt that is too long loses the end of its
+    instruction, not the newline; `cut_prompts` counts them, and the first is reported in the log.
+
+    Args:
+        tokenizer: "byte" for UTF-8 bytes, which needs no files; otherwise a hub id or a folder, such as
+            `google/paligemma-3b-pt-224`.
+        max_length: Tokens of a prompt, padding included.
+    """
+
+    def __init__(self, tokenizer: str = BYTE, max_length: int = 48) -> None:
+        self._set_up(
+            tokenizer,
+            max_length,
+            ByteVocabulary() if tokenizer == BYTE else PretrainedVocabulary.load(tokenizer),
+        )
+
+    def _set_up(self, name: str, max_length: int, vocabulary: Vocabulary) -> None:
+        fixed = 1 + len(vocabulary.newline)
+        if max_length <= fixed:
+            raise ConfigError(
+                "A prompt of this length has no room for an instruction",
+                where="prompt.max_length",
+                found=max_length,
+                expected=f"more than {fixed}",
+            )
+        self.tokenizer = name
+        self.max_length = max_length
+        self.vocabulary = vocabulary
+        self.cut_prompts = 0
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode instructions.
+
+        Args:
+            texts: B instructions; "" is allowed.
+
+        Returns:
+            Token ids, int64 (B, max_length), and a mask, bool (B, max_length), False for padding (at the
+            right).
+        """
+        vocabulary = self.vocabulary
+        room = self.max_length - 1 - len(vocabulary.newline)
+        input_ids = torch.full((len(texts), self.max_length), vocabulary.pad, dtype=torch.int64)
+        mask = torch.zeros((len(texts), self.max_length), dtype=torch.bool)
+        for row, ids in enumerate(vocabulary.encode(texts)):
+            if len(ids) > room:
+                self._count_cut(texts[row], len(ids), room)
+            prompt = [vocabulary.bos, *ids[:room], *vocabulary.newline]
+            input_ids[row, : len(prompt)] = torch.tensor(prompt)
+            mask[row, : len(prompt)] = True
+        return input_ids, mask
+
+    def _count_cut(self, text: str, length: int, room: int) -> None:
+        if self.cut_prompts == 0:
+            log.warning(
+                "An instruction of %d tokens is cut to %d, and so will be others (prompt.max_length=%d): %r",
+                length,
+                room,
+                self.max_length,
+                text,
+            )
+        self.cut_prompts += 1
+
+    def to_json(self) -> str:
+        """Return everything needed to encode as now, without files or a network."""
+        values = {"schema": SCHEMA, "tokenizer": self.tokenizer, "max_length": self.max_length}
+        return json.dumps({**values, **self.vocabulary.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> PromptTokenizer:
+        """Rebuild from `to_json`'s text.
+
+        Raises:
+            CheckpointError: If the text does not come from `to_json`.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            values = json.loads(text)
+            if values["schema"] != SCHEMA:
+                raise ValueError(f"schema {values['schema']}, known is {SCHEMA}")
+            vocabulary: Vocabulary = ByteVocabulary()
+            if "backend" in values:
+                tokenizer = Tokenizer.from_str(values["backend"])
+                vocabulary = PretrainedVocabulary(tokenizer, values["pad"], values["bos"])
+            prompt = cls.__new__(cls)
+            prompt._set_up(values["tokenizer"], values["max_length"], vocabulary)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                "The stored tokenizer cannot be read", found=f"{type(error).__name__}: {error}"
+            ) from error
+        return prompt

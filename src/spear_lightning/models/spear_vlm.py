@@ -1,0 +1,193 @@
+"""SPEAR-VLM: PaliGemma with a second, geometric encoder (spec sections 3 and 4).
+
+Legend: B batch, N visual tokens of a camera, L text tokens, P prefix tokens (cameras, then text), D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from spear_lightning.errors import ConfigError, ShapeError
+from spear_lightning.models.encoders.base import VisionEncoder
+from spear_lightning.models.encoders.fusion import Fusion, MeanFusion
+from spear_lightning.models.gemma import GemmaLanguageModel
+from spear_lightning.models.gemma_shape import GemmaShape
+from spear_lightning.models.paligemma_weights import load_paligemma
+
+
+class SpearVLM(nn.Module):
+    """Vision encoders, a linear projection each, their fusion, and Gemma.
+
+    The prefix is [tokens of each camera | bos, prompt, newline] and attends to all of itself. Projected image
+    tokens enter Gemma as they are; text embeddings are scaled by the square root of the width (PaliGemma).
+
+    Args:
+        language: Sizes of Gemma.
+        encoders: Name -> vision encoder, at least one. The projection of the one named `siglip` is
+            PaliGemma's own; the others' start random.
+        fusion: Joins the encoders' projected tokens; `None` takes their mean.
+        weights: PaliGemma's weights: hub id, folder or file; `None` keeps the random ones.
+    """
+
+    def __init__(
+        self,
+        language: GemmaShape,
+        encoders: dict[str, VisionEncoder],
+        fusion: Fusion | None = None,
+        weights: str | None = None,
+    ) -> None:
+        super().__init__()
+        patch_sizes = {name: encoder.patch_size for name, encoder in encoders.items()}
+        if len(set(patch_sizes.values())) != 1:
+            raise ConfigError(
+                "The encoders' tokens do not lie on one grid",
+                where="vlm.encoders",
+                found=f"patch sizes {patch_sizes}",
+                expected="at least one encoder, all of one patch size",
+            )
+        self.language = language
+        self.weights = weights
+        self.encoders = nn.ModuleDict(encoders)
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(encoder.width, language.width) for name, encoder in encoders.items()}
+        )
+        self.fusion = fusion or MeanFusion()
+        self.language_model = GemmaLanguageModel(language)
+
+    def load_pretrained(self) -> None:
+        """Load PaliGemma's weights where `weights` names some, then those of each encoder that names its own.
+
+        Raises:
+            CheckpointError: If weights cannot be read or belong to another architecture.
+        """
+        if self.weights is not None:
+            load_paligemma(self, self.weights)
+        for encoder in self.vision_encoders().values():
+            encoder.load_pretrained()
+
+    def vision_encoders(self) -> dict[str, VisionEncoder]:
+        """Return the encoders by name."""
+        return {name: cast(VisionEncoder, encoder) for name, encoder in self.encoders.items()}
+
+    def encode_images(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Turn pixels into visual tokens.
+
+        Args:
+            images: Camera name -> uint8 RGB (B, 3, H, W); cameras may differ in size.
+
+        Returns:
+            Camera name -> fused tokens (B, N, D), N = (H / patch)(W / patch).
+
+        Raises:
+            ConfigError: If H or W is not a multiple of the patch size.
+        """
+        fused = {}
+        for camera, pixels in images.items():
+            tokens = {name: self.projections[name](encoder(pixels)) for name, encoder in self.encoders.items()}
+            fused[camera] = self.fusion(tokens)
+        return fused
+
+    def embed_prefix(
+        self,
+        images: Mapping[str, Tensor],
+        image_mask: Mapping[str, Tensor] | None,
+        input_ids: Tensor,
+        text_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed cameras and text.
+
+        Args:
+            images: Camera name -> uint8 RGB (B, 3, H, W), in the order the model sees them.
+            image_mask: Camera name -> bool (B,), False where a sample lacks the camera; `None`: all present.
+            input_ids: int64 (B, L), see `PromptTokenizer`.
+            text_mask: bool (B, L), False for padding; `None`: no padding.
+
+        Returns:
+            Embedded tokens (B, P, D) and which of them are real, bool (B, P), or `None` where all are.
+
+        Raises:
+            ShapeError: If a camera has no mask.
+        """
+        visual = self.encode_images(images)
+        text_BLD = self.language_model.embed(input_ids)
+        parts = [*visual.values()]
+        # The blocks work in the type of the visual tokens: bfloat16 under autocast.
+        parts.append(text_BLD.to(parts[0].dtype) if parts else text_BLD)
+        tokens_BPD = torch.cat(parts, dim=1)
+        if image_mask is None and text_mask is None:
+            return tokens_BPD, None
+        if image_mask is not None and not visual.keys() <= image_mask.keys():
+            raise ShapeError(
+                "Every camera needs a mask",
+                where="image_mask",
+                found=sorted(image_mask),
+                expected=sorted(visual),
+            )
+        masks = [
+            image_mask[camera][:, None].expand(tokens_BND.shape[:2])
+            if image_mask is not None
+            else tokens_BND.new_ones(tokens_BND.shape[:2], dtype=torch.bool)
+            for camera, tokens_BND in visual.items()
+        ]
+        masks.append(torch.ones_like(input_ids, dtype=torch.bool) if text_mask is None else text_mask)
+        return tokens_BPD, torch.cat(masks, dim=1)
+
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        image_mask: Mapping[str, Tensor] | None,
+        input_ids: Tensor,
+        text_mask: Tensor | None,
+        answer_ids: Tensor | None = None,
+        answer_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Run the language model over prefix and answer (prefix-LM: the answer is causal).
+
+        Args:
+            images: See `embed_prefix`.
+            image_mask: See `embed_prefix`.
+            input_ids: See `embed_prefix`.
+            text_mask: See `embed_prefix`.
+            answer_ids: int64 (B, answer tokens), or `None` for the prefix alone.
+            answer_mask: bool like `answer_ids`, False for padding at the right; `None`: no padding.
+
+        Returns:
+            Hidden states (B, P + answer tokens, D) after the final norm; `language_head` gives their logits.
+        """
+        tokens_BPD, valid_BP = self.embed_prefix(images, image_mask, input_ids, text_mask)
+        if answer_ids is None:
+            mask = None if valid_BP is None else valid_BP[:, None, None]
+            return self.language_model(tokens_BPD, positions_of(tokens_BPD, valid_BP), mask)
+        prefix_length = tokens_BPD.shape[1]
+        answer_BAD = self.language_model.embed(answer_ids).to(tokens_BPD.dtype)
+        if valid_BP is None:
+            valid_BP = tokens_BPD.new_ones(tokens_BPD.shape[:2], dtype=torch.bool)
+        answer_valid = torch.ones_like(answer_ids, dtype=torch.bool) if answer_mask is None else answer_mask
+        valid_BK = torch.cat([valid_BP, answer_valid], dim=1)
+        hidden_BKD = torch.cat([tokens_BPD, answer_BAD], dim=1)
+        order_K = torch.arange(valid_BK.shape[1], device=valid_BK.device).clamp(min=prefix_length - 1)
+        mask_B1KK = (order_K[:, None] >= order_K) & valid_BK[:, None, None]
+        return self.language_model(hidden_BKD, positions_of(hidden_BKD, valid_BK), mask_B1KK)
+
+    def language_head(self, hidden_BLD: Tensor) -> Tensor:
+        """Return logits (B, L, vocab_size) of hidden states (B, L, D)."""
+        return self.language_model.head(hidden_BLD)
+
+
+def positions_of(tokens_BPD: Tensor, valid_BP: Tensor | None) -> Tensor:
+    """Number the real tokens of each sample from 0; a padded token repeats the number before it.
+
+    Args:
+        tokens_BPD: Embedded tokens (B, P, D).
+        valid_BP: bool (B, P), or `None` if all are real.
+
+    Returns:
+        int64 (B, P), or (1, P) where `valid_BP` is `None`.
+    """
+    if valid_BP is None:
+        return torch.arange(tokens_BPD.shape[1], device=tokens_BPD.device)[None]
+    return (valid_BP.cumsum(dim=1) - 1).clamp(min=0)

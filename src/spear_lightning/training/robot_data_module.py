@@ -1,0 +1,158 @@
+"""LightningDataModule of robot mixtures: indexes on first use, trains on an endless shuffled stream."""
+
+from __future__ import annotations
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from spear_lightning.batches import RobotBatch
+from spear_lightning.errors import ConfigError
+from spear_lightning.policy import PolicyInterface
+from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.robot_data.loader import ResumableLoader, finite_loader
+from spear_lightning.robot_data.mixture import Weighting
+from spear_lightning.robot_data.robot_mixture import RobotMixture
+from spear_lightning.robot_data.statistics import MixtureStatistics
+
+
+class RobotDataModule(L.LightningDataModule):
+    """Batches of robot episodes from a weighted mixture of RLDS data sets (spec section 9).
+
+    Data sets that have no index yet are indexed first. An epoch is one pass over as many samples as the mixture
+    has frames; the stream itself is endless and resumes at any step.
+
+    Args:
+        root: Folder that holds the data sets as NAME/VERSION; the one place that says where data is.
+        mixture: Registry id -> weight, e.g. `{bridge: 1.0}`.
+        cameras: Camera name -> width, height, fit, in the order the model sees them. A camera that a sample
+            lacks is masked.
+        chunks: Horizon, rate and mode of action chunks.
+        batch_size: Samples per step of all processes together.
+        weighting: `per_frame`: a data set's share is its weight times its frames; `share`: its weight alone.
+        holdout: Share of each data set's episodes kept out of training for validation.
+        validation_samples: Held-out samples at most, spread evenly.
+        validation_batch_size: Samples per validation batch and process; default: as in training.
+        keep_without_instruction: Whether episodes without language are trained on.
+        seed: Of the shuffling and of the choice of held-out episodes.
+        num_workers: Worker processes per trainer process; 0 reads in the trainer.
+        prefetch: Batches each worker prepares ahead.
+        index_folder: Where indexes are kept; default: $SPEAR_CACHE_DIR/indexes, or
+            ~/.cache/spear-lightning/indexes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        mixture: dict[str, float],
+        cameras: dict[str, CameraSpec],
+        chunks: ChunkSpec = ChunkSpec(),  # noqa: B008 - frozen
+        batch_size: int = 32,
+        weighting: Weighting = "per_frame",
+        holdout: float = 0.02,
+        validation_samples: int = 512,
+        validation_batch_size: int | None = None,
+        keep_without_instruction: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        prefetch: int = 2,
+        index_folder: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.weights = mixture
+        self.cameras = cameras
+        self.chunks = chunks
+        self.batch_size = batch_size
+        self.weighting: Weighting = weighting
+        self.holdout = holdout
+        self.validation_samples = validation_samples
+        self.validation_batch_size = validation_batch_size
+        self.keep_without_instruction = keep_without_instruction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+        self.index_folder = index_folder
+        self._mixture: RobotMixture | None = None
+
+    @property
+    def interface(self) -> PolicyInterface:
+        """What a policy trained on this data sees and emits."""
+        return PolicyInterface(self.cameras, self.chunks.horizon, self.chunks.rate_hz, self.chunks.mode)
+
+    @property
+    def statistics(self) -> MixtureStatistics:
+        """Quantiles of the mixture; computed on first use, then cached beside the indexes."""
+        return self.open_mixture().statistics(self.chunks)
+
+    def open_mixture(self) -> RobotMixture:
+        """Open the data sets; builds missing indexes."""
+        if self._mixture is None:
+            self._mixture = RobotMixture(
+                self.root,
+                self.weights,
+                self.weighting,
+                self.holdout,
+                self.keep_without_instruction,
+                self.seed,
+                self.index_folder,
+            )
+        return self._mixture
+
+    def prepare_data(self) -> None:
+        """Index and measure, on one process per node."""
+        _ = self.statistics
+
+    def setup(self, stage: str) -> None:
+        """Open the data sets on every process."""
+        self.open_mixture()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Return the loader of the endless training stream."""
+        mixture = self.open_mixture()
+        world_size = self.trainer.world_size if self.trainer else 1
+        if self.batch_size % world_size:
+            raise ConfigError(
+                "The batch cannot be divided evenly",
+                where="data.batch_size",
+                found=f"{self.batch_size} samples on {world_size} processes",
+                remedy="choose a multiple of the number of processes",
+            )
+        return ResumableLoader(
+            RobotDataset(mixture.training, mixture.stream(), self.cameras, self.chunks),
+            self.batch_size // world_size,
+            epoch_batches=max(1, mixture.num_samples // self.batch_size),
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=world_size,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            pin_memory=self._pin_memory,
+        )
+
+    def val_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+        """Return the loader of held-out samples; none if nothing is held out."""
+        mixture = self.open_mixture()
+        sizes = [len(source) for source in mixture.held_out]
+        if sum(sizes) == 0:
+            return []
+        samples = EvenSamples(sizes, self.validation_samples)
+        dataset = RobotDataset(mixture.held_out, samples, self.cameras, self.chunks)
+        # Each process takes an equal number of samples: collective operations need equal batch counts.
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        share = len(samples) // world_size
+        places = range(rank * share, (rank + 1) * share) if share else range(len(samples))
+        batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
+        return finite_loader(dataset, places, batch_size, self.num_workers, self._pin_memory)
+
+    def test_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+        """Return the held-out samples."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+        """Return the held-out samples."""
+        return self.val_dataloader()
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -68,7 +68,11 @@ def test_rotation_conventions_equal_scipy(convention: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(("[0, 3], scale", "[0, 2], scale"), "3 numbers"), (("rate_hz: 10", ""), "rate_hz"), (("schema: 1", ""), "schema")],
+    [
+        (("[0, 3], scale", "[0, 2], scale"), "3 numbers"),
+        (("rate_hz: 10", ""), "rate_hz"),
+        (("schema: 1", ""), "schema"),
+    ],
 )
 def test_wrong_registry_entries_are_refused(change: tuple[str, str], message: str) -> None:
     text = ENTRY.format(width=3, convention="rotvec").replace(*change)

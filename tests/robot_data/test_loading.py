@@ -156,7 +156,10 @@ def test_statistics_weigh_data_sets_as_the_mixture_does(mixture: RobotMixture) -
     index = mixture.training[0].index
     sources = [SampleSource(index, np.array([episode])) for episode in (0, 1)]
     shares = np.array([0.999, 0.001])
-    mixed, alone = mixture_statistics(sources, shares, ChunkSpec()), mixture_statistics(sources[:1], [1], ChunkSpec())
+    mixed, alone = (
+        mixture_statistics(sources, shares, ChunkSpec()),
+        mixture_statistics(sources[:1], [1], ChunkSpec()),
+    )
     assert mixed.position_high == alone.position_high
 
 
@@ -174,7 +177,12 @@ def test_fit_never_stretches() -> None:
     rows, columns = np.mgrid[:120, :200]
     disc = (rows - 59.5) ** 2 + (columns - 99.5) ** 2 < 40**2
     picture = np.repeat(np.where(disc, 255, 60)[..., None], 3, axis=2).astype(np.uint8)
-    for camera in (CameraSpec(280, 210), CameraSpec(112, 112, "pad"), CameraSpec(112, 112), CameraSpec(42, 84, "pad")):
+    for camera in (
+        CameraSpec(280, 210),
+        CameraSpec(112, 112, "pad"),
+        CameraSpec(112, 112),
+        CameraSpec(42, 84, "pad"),
+    ):
         bright = fit_image(picture, camera)[0].numpy() > 157
         height, width = np.ptp(np.flatnonzero(bright.any(1))) + 1, np.ptp(np.flatnonzero(bright.any(0))) + 1
         assert abs(height - width) <= 2, camera

@@ -79,11 +79,12 @@ def test_a_group_added_later_warms_up_from_its_own_start() -> None:
     run(optimizer, scheduler, 50)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "peak_lr": 2.0, "start_step": 50})
     scheduler.refresh()
+    assert scheduler.get_last_lr() == rates(optimizer)
+    assert len(rates(optimizer)) == 2
     history = run(optimizer, scheduler, 50)
     alone = optimizer_with((2.0, 0))
     assert [rate[1] for rate in history] == [rate[0] for rate in run(alone, WarmupCosine(alone, 4, 50, 0.0), 50)]
     assert history[0][1] == 2.0 / 5
-    assert scheduler.get_last_lr() == rates(optimizer)
 
 
 def test_resume_continues_exactly_with_another_number_of_groups() -> None:

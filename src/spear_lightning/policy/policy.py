@@ -127,9 +127,7 @@ class Policy(nn.Module):
         return self.flow.losses(velocity_BHA, sample, batch.action_mask)
 
     @torch.no_grad()
-    def sample_chunk(
-        self, batch: RobotBatch, generator: torch.Generator, num_steps: int | None = None
-    ) -> Tensor:
+    def sample_chunk(self, batch: RobotBatch, generator: torch.Generator, num_steps: int | None = None) -> Tensor:
         """Sample one action chunk for every sample of a batch.
 
         Args:

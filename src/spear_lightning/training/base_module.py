@@ -1,4 +1,4 @@
-"""What both stages' LightningModules share: optimizer, checkpoint contents, warm start, refusal of a wrong resume."""
+"""What both stages' LightningModules share: optimizer, checkpoints, warm start, refusal of a wrong resume."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
     run = read_checkpoint(known.ckpt_path)["spear"].get("run")
     if run is None:
         raise CheckpointError(
-            "The checkpoint does not hold the configuration of its run", where=known.ckpt_path, remedy="give --config"
+            "The checkpoint does not hold the configuration of its run",
+            where=known.ckpt_path,
+            remedy="give --config",
         )
     kept = {key: run[key] for key in KEPT_SECTIONS if key in run}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="spear_", delete=False) as file:
@@ -127,6 +130,9 @@ def main(arguments: list[str]) -> int:
         Exit status 0; errors are raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noise in (".*LeafSpec.*", "The number of training batches .* is smaller than the logging interval"):
+        # Remarks that a user can do nothing about: Lightning's own use of torch, and short epochs.
+        warnings.filterwarnings("ignore", message=noise)
     arguments = with_configuration_of_checkpoint(arguments)
     SpearCLI(
         subclass_mode_model=True,

@@ -49,9 +49,7 @@ def compared_part(config: Mapping[str, Any]) -> dict[str, Any]:
         if name in COMPARED_CALLBACKS:
             part[name] = callback.get("init_args")
     flat = flatten(part)
-    return {
-        key: value for key, value in flat.items() if not any(key.startswith(free) for free in FREE_KEYS)
-    }
+    return {key: value for key, value in flat.items() if not any(key.startswith(free) for free in FREE_KEYS)}
 
 
 def differing_keys(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

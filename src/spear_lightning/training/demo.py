@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
         Exit status 0; errors are raised.
     """
     parser = argparse.ArgumentParser(prog="spear demo", description=__doc__)
-    parser.add_argument("--data", help="data root with a bridge_dataset folder; default: episodes made on the spot")
+    parser.add_argument(
+        "--data", help="data root with a bridge_dataset folder; default: episodes made on the spot"
+    )
     parser.add_argument("--out", default="demo", help="folder for runs (default: demo)")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: 300)")
     options = parser.parse_args(arguments)
@@ -81,7 +83,9 @@ def find_experiment() -> Path:
         if (folder / EXPERIMENT).is_file():
             return (folder / EXPERIMENT).absolute()
     raise ConfigError(
-        "The demo's experiment is not there", where=EXPERIMENT, remedy="run the demo in a checkout of the repository"
+        "The demo's experiment is not there",
+        where=EXPERIMENT,
+        remedy="run the demo in a checkout of the repository",
     )
 
 
@@ -95,7 +99,9 @@ def spear(folder: Path, *arguments: str) -> None:
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, check=False)
     if result.returncode:
         raise SpearError(
-            f"`spear {arguments[0]}` failed", found=f"exit status {result.returncode}", remedy="see the message above"
+            f"`spear {arguments[0]}` failed",
+            found=f"exit status {result.returncode}",
+            remedy="see the message above",
         )
 
 

@@ -132,7 +132,7 @@ class FreezePlan:
                 start_step=start,
                 parameters=parameters,
             )
-            for (start, position), parameters in members.items()
+            for (start, position), parameters in sorted(members.items(), key=lambda item: item[0])
         ]
 
 

@@ -9,9 +9,7 @@ TRAIN, VALIDATE, PREDICT = 0, 1, 2
 """Streams: what the numbers are for."""
 
 
-def generator_at(
-    seed: int, stream: int, step: int, rank: int, device: torch.device | str
-) -> torch.Generator:
+def generator_at(seed: int, stream: int, step: int, rank: int, device: torch.device | str) -> torch.Generator:
     """Return a generator for one step of one process.
 
     Args:

@@ -170,9 +170,7 @@ def git_state() -> dict[str, str]:
     state = {}
     for key, arguments in commands.items():
         try:
-            result = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, timeout=10, check=False
-            )
+            result = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return {}
         if result.returncode == 0:

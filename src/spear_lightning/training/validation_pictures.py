@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import numpy as np
@@ -17,7 +17,7 @@ from spear_lightning.geometry.poses import ChunkMode, chunk_to_poses
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from spear_lightning.training.vla_module import ValidationOutput
+    from spear_lightning.training.vla_module import ValidationOutput, VLAModule
 
 
 class ValidationPictures(Callback):
@@ -45,8 +45,8 @@ class ValidationPictures(Callback):
         """Draw the first batch; the sanity check before training is left out."""
         if batch_idx > 0 or trainer.sanity_checking or not trainer.is_global_zero or not trainer.loggers:
             return
-        interface = pl_module.policy.interface  # type: ignore[union-attr]
-        figure = draw_chunks(outputs, interface.chunk_mode, self.samples)  # type: ignore[union-attr]
+        policy = cast("VLAModule", pl_module).policy
+        figure = draw_chunks(outputs, policy.require_interface().chunk_mode, self.samples)
         pixels = render(figure)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -66,7 +66,7 @@ def draw_chunks(output: ValidationOutput, chunk_mode: ChunkMode, samples: int) -
     """
     from matplotlib.figure import Figure
 
-    batch = output.batch.to("cpu")
+    batch = output["batch"].to("cpu")
     rows = min(samples, len(batch))
     cameras = list(batch.images)
     figure = Figure(figsize=(2.4 * (len(cameras) + 4), 2.2 * rows), layout="constrained")
@@ -74,8 +74,8 @@ def draw_chunks(output: ValidationOutput, chunk_mode: ChunkMode, samples: int) -
     paths = {
         "true": (chunk_to_poses(batch.state, batch.actions, chunk_mode), batch.actions, "tab:green"),
         "predicted": (
-            chunk_to_poses(batch.state, output.predicted.float().cpu(), chunk_mode),
-            output.predicted.float().cpu(),
+            chunk_to_poses(batch.state, output["predicted"].float().cpu(), chunk_mode),
+            output["predicted"].float().cpu(),
             "tab:red",
         ),
     }

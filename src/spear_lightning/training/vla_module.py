@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,7 @@ from spear_lightning.training.random_streams import PREDICT, TRAIN, VALIDATE, ge
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class ValidationOutput:
+class ValidationOutput(TypedDict):
     """One validation batch with what the policy predicts for it: B samples, H horizon.
 
     Attributes:
@@ -130,7 +128,7 @@ class VLAModule(SpearModule):
         self._losses(batch, "val", VALIDATE, batch_index)
         predicted = self.predict_step(batch, batch_index)
         self._log_errors(predicted, batch)
-        return ValidationOutput(batch, predicted)
+        return ValidationOutput(batch=batch, predicted=predicted)
 
     def test_step(self, batch: RobotBatch, batch_index: int) -> ValidationOutput:
         """Do what validation does."""
@@ -146,20 +144,16 @@ class VLAModule(SpearModule):
         losses = self.policy.losses(batch, generator)
         named = {f"{stage}/{'loss' if name == 'total' else name}": value for name, value in losses.items()}
         validating = stage != "train"
-        self.log_dict(
-            {name: value.detach() for name, value in named.items()},
-            batch_size=len(batch),
-            sync_dist=validating,
-            on_step=not validating,
-            on_epoch=validating,
-        )
-        self.log(
-            f"{stage}/loss_bar" if validating else "loss",
-            losses["total"].detach(),
-            prog_bar=True,
-            logger=False,
-            batch_size=len(batch),
-        )
+        for name, value in named.items():
+            self.log(
+                name,
+                value.detach(),
+                prog_bar=name == f"{stage}/loss",
+                batch_size=len(batch),
+                sync_dist=validating,
+                on_step=not validating,
+                on_epoch=validating,
+            )
         return losses
 
     def _log_errors(self, predicted_BH8: Tensor, batch: RobotBatch) -> None:

@@ -16,7 +16,7 @@ from spear_lightning.errors import CheckpointError, ConfigError, DataError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image
-from spear_lightning.robot_data.loader import ResumableLoader, finite_loader
+from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 
 CAMERAS = {
@@ -120,7 +120,7 @@ def test_validation_samples_are_spread_evenly(mixture: RobotMixture) -> None:
     sizes = [len(source) for source in mixture.held_out]
     samples = EvenSamples(sizes, 10)
     dataset = RobotDataset(mixture.held_out, samples, CAMERAS, ChunkSpec())
-    batches = list(finite_loader(dataset, range(len(samples)), 4))
+    batches = list(FiniteLoader(dataset, range(len(samples)), 4))
     assert [len(batch) for batch in batches] == [4, 4, 2]
     _, chosen = samples[np.arange(10)]
     assert chosen[0] == 0

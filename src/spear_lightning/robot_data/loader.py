@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.robot_data.dataset import RobotDataset, as_is
+
+WORKER_START = "forkserver"
+"""Workers forked from a clean server share no locks or threads with the trainer."""
 
 
 class StreamBatches(Sampler[list[int]]):
@@ -73,8 +75,7 @@ class ResumableLoader:
         self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
         if num_workers > 0:
             self._options["prefetch_factor"] = prefetch
-            # Workers forked from a clean server share no locks or threads with the trainer.
-            self._options["multiprocessing_context"] = "forkserver"
+            self._options["multiprocessing_context"] = WORKER_START
         self._given = 0
         self._running: Iterator[RobotBatch] | None = None
 
@@ -119,18 +120,44 @@ class ResumableLoader:
         self._running = None
 
 
-def finite_loader(
-    dataset: RobotDataset, places: range, batch_size: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[RobotBatch]:
-    """Return an ordinary loader over some places, in order; the last batch may be smaller."""
-    places_n = list(places)
-    batches = [places_n[start : start + batch_size] for start in range(0, len(places_n), batch_size)]
-    context = "forkserver" if num_workers > 0 else None
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=as_is,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        multiprocessing_context=context,
-    )
+class FiniteLoader:
+    """Iterates over some places in order; the last batch may be smaller.
+
+    Not a `DataLoader`, so that the trainer takes it as it is instead of putting samplers of its own into it.
+
+    Args:
+        dataset: Reads batches at places.
+        places: Which places.
+        batch_size: Samples per batch.
+        num_workers: Worker processes; 0 reads in this process.
+        pin_memory: Whether batches are put into page-locked memory.
+    """
+
+    def __init__(
+        self,
+        dataset: RobotDataset,
+        places: range,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        starts = range(places.start, places.stop, batch_size)
+        self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
+        self._loader: DataLoader[RobotBatch] = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            collate_fn=as_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            multiprocessing_context=WORKER_START if num_workers else None,
+            # Validation comes again and again: its workers stay.
+            persistent_workers=num_workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[RobotBatch]:
+        """Yield the batches."""
+        yield from self._loader

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spear_lightning.training.checkpoint_files import RunCheckpoint
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
@@ -26,6 +27,7 @@ _HOMES = {
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
     "RobotDataModule": "robot_data_module",
+    "RunCheckpoint": "checkpoint_files",
     "VLAModule": "vla_module",
     "ValidationPictures": "validation_pictures",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "OptimizerRecipe",
     "Phase",
     "RobotDataModule",
+    "RunCheckpoint",
     "VLAModule",
     "ValidationPictures",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.training.configuration import differing_keys
-from spear_lightning.training.optimizer import OptimizerRecipe
+from spear_lightning.training.optimizer import OptimizerRecipe, freeze_unused
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,12 @@ class SpearModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Load initial weights at the start of a new run; a resumed one gets them from its checkpoint."""
-        if stage == "fit" and not self.resuming:
+        if stage != "fit":
+            return
+        if not self.resuming:
             self.load_initial_weights()
+        # Before the trainer wraps the module for several processes, which waits for all gradients.
+        freeze_unused(self)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and schedule from the recipe."""

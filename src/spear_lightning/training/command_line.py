@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from spear_lightning.errors import CheckpointError
 from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO
 from spear_lightning.training.configuration import KEPT_SECTIONS
+from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.prediction_writer import PredictionWriter
 from spear_lightning.training.tracking import RunRecord
 
@@ -49,6 +50,12 @@ class SpearCLI(LightningCLI):
         if self.subcommand == "predict":
             # A prediction is no run to be tracked; its result is a file and a table.
             kwargs["logger"] = False
+        options = self._get(self.config_init, "trainer")
+        if not options.get("plugins") and isinstance(options.get("strategy"), str):
+            kwargs["plugins"] = [WholeFileCheckpointIO()]
+        if not any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks") or []):
+            # Lightning's default writes a checkpoint per epoch, under another name and in another place.
+            kwargs["enable_checkpointing"] = False
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict":
             trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]
@@ -115,9 +122,8 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
             remedy="give --config",
         )
     kept = {key: run[key] for key in KEPT_SECTIONS if key in run}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="spear_", delete=False) as file:
-        yaml.safe_dump(kept, file)
-    return [arguments[0], "--config", file.name, *arguments[1:]]
+    # Where a file is expected, jsonargparse takes the content itself too.
+    return [arguments[0], "--config", yaml.safe_dump(kept), *arguments[1:]]
 
 
 def main(arguments: list[str]) -> int:
@@ -130,9 +136,16 @@ def main(arguments: list[str]) -> int:
         Exit status 0; errors are raised.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noise in (".*LeafSpec.*", "The number of training batches .* is smaller than the logging interval"):
-        # Remarks that a user can do nothing about: Lightning's own use of torch, and short epochs.
+    for noise in (
+        ".*LeafSpec.*",
+        "The number of training batches .* is smaller than the logging interval",
+        "LightningCLI's args parameter is intended",
+    ):
+        # Remarks that a user can do nothing about: Lightning's own use of torch, short epochs, our own call.
         warnings.filterwarnings("ignore", message=noise)
+    if arguments[1:] in (["--help"], ["-h"]):
+        # Printed before Lightning's help, which ends the process.
+        sys.stdout.write(explain_options() + "\n")
     arguments = with_configuration_of_checkpoint(arguments)
     SpearCLI(
         subclass_mode_model=True,

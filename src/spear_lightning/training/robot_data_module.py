@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import lightning as L
-from torch.utils.data import DataLoader
 
-from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import ConfigError
 from spear_lightning.policy import PolicyInterface
 from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.images import CameraSpec
-from spear_lightning.robot_data.loader import ResumableLoader, finite_loader
+from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
 from spear_lightning.robot_data.mixture import Weighting
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.statistics import MixtureStatistics
@@ -130,7 +128,7 @@ class RobotDataModule(L.LightningDataModule):
             pin_memory=self._pin_memory,
         )
 
-    def val_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+    def val_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the loader of held-out samples; none if nothing is held out."""
         mixture = self.open_mixture()
         sizes = [len(source) for source in mixture.held_out]
@@ -143,13 +141,13 @@ class RobotDataModule(L.LightningDataModule):
         share = len(samples) // world_size
         places = range(rank * share, (rank + 1) * share) if share else range(len(samples))
         batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
-        return finite_loader(dataset, places, batch_size, self.num_workers, self._pin_memory)
+        return FiniteLoader(dataset, places, batch_size, self.num_workers, self._pin_memory)
 
-    def test_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+    def test_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the held-out samples."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[RobotBatch] | list[DataLoader[RobotBatch]]:
+    def predict_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the held-out samples."""
         return self.val_dataloader()
 

@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
-from spear_lightning.training.configuration import flatten
+from spear_lightning.training.configuration import KEPT_SECTIONS, flatten
 
 if TYPE_CHECKING:
     import lightning as L
@@ -123,10 +123,13 @@ class RunRecord(SaveConfigCallback):
         """Write the record; called on rank zero only."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        text = self.parser.dump(self.config, skip_none=False)
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        # Options such as --ckpt_path belong to one call, not to the experiment.
+        kept = {key: dumped[key] for key in KEPT_SECTIONS if key in dumped}
+        text = yaml.safe_dump(kept, sort_keys=False)
         write_text(folder / "config.yaml", text)
         resuming = bool(getattr(pl_module, "resuming", False))
-        parameters = {key: value for key, value in flatten(yaml.safe_load(text)).items() if value is not None}
+        parameters = {key: value for key, value in flatten(kept).items() if value is not None}
         for logger in trainer.loggers:
             if isinstance(logger, MLflowRunLogger):
                 self._record_in_mlflow(logger, folder, text, parameters, resuming)

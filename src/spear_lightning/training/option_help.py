@@ -1,0 +1,50 @@
+"""What `spear fit --help` adds to Lightning's own help: every option of our classes, from its docstring."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+EXPLAINED = {
+    "--model.init_args": "spear_lightning.training.VLAModule",
+    "--model.init_args.recipe.init_args": "spear_lightning.training.OptimizerRecipe",
+    "--model.init_args.policy.init_args": "spear_lightning.policy.Policy",
+    "--model...policy...prompt.init_args": "spear_lightning.models.PromptTokenizer",
+    "--model...policy...normalizer.init_args": "spear_lightning.policy.ActionNormalizer",
+    "--model...policy...flow.init_args": "spear_lightning.flow.ActionFlow",
+    "--model...flow...rotation.init_args": "spear_lightning.flow.SphereRotation",
+    "--model...flow...time.init_args": "spear_lightning.flow.BetaTime",
+    "--model...policy...vla.init_args": "spear_lightning.models.SpearVLA",
+    "--model...vla...vlm.init_args": "spear_lightning.models.SpearVLM",
+    "--model...vlm...language": "spear_lightning.models.GemmaShape",
+    "--model...vlm...encoders.NAME.init_args": "spear_lightning.models.MogeEncoder",
+    "--model...vla...expert.init_args": "spear_lightning.models.ActionExpert",
+    "--data.init_args": "spear_lightning.training.RobotDataModule",
+    "--data...chunks": "spear_lightning.robot_data.chunks.ChunkSpec",
+    "--data...cameras.NAME": "spear_lightning.robot_data.images.CameraSpec",
+    "--trainer.callbacks (freeze schedule)": "spear_lightning.training.FreezeSchedule",
+    "--trainer.callbacks...phases": "spear_lightning.training.Phase",
+    "--trainer.callbacks (averages)": "spear_lightning.training.ExponentialMovingAverage",
+    "--trainer.callbacks (checkpoints)": "spear_lightning.training.RunCheckpoint",
+    "--trainer.callbacks (pictures)": "spear_lightning.training.ValidationPictures",
+    "--trainer.logger (MLflow)": "spear_lightning.training.MLflowRunLogger",
+}
+"""Where an option stands in a configuration -> the class whose arguments it takes."""
+
+
+def explain_options() -> str:
+    """Return the arguments of our classes as their docstrings explain them."""
+    sections = []
+    for place, class_path in EXPLAINED.items():
+        module, name = class_path.rsplit(".", 1)
+        documented = getattr(import_module(module), name).__doc__ or ""
+        sections.append(f"{place}: {class_path}\n{_arguments(documented)}")
+    return "\nOptions of our own classes (in YAML under the place named, `...` stands for init_args):\n\n" + "\n".join(
+        sections
+    )
+
+
+def _arguments(documented: str) -> str:
+    """Return the Args (or Attributes) section of a docstring."""
+    found = re.search(r"^    (?:Args|Attributes):\n((?:        .*\n|\s*\n)*)", documented + "\n", re.MULTILINE)
+    return found[1].rstrip() + "\n" if found else "        (none)\n"

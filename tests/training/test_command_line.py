@@ -72,7 +72,10 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_what_trains_does(whole_run: P
     steps = [2, 4, 6, 8, 9]
     states = [weights(whole_run, step) for step in steps]
     expert = "policy.vla.expert.action_out.weight"
-    projection, language = "policy.vla.vlm.projections.moge.weight", "policy.vla.vlm.language_model.layers.0.mlp.up_proj.weight"
+    projection, language = (
+        "policy.vla.vlm.projections.moge.weight",
+        "policy.vla.vlm.language_model.layers.0.mlp.up_proj.weight",
+    )
     assert all(not torch.equal(a[expert], b[expert]) for a, b in zip(states, states[1:], strict=False))
     # Phases: align 0-3, language 3-6, all 6-9; MoGe is frozen throughout.
     assert torch.equal(states[1][projection], states[2][projection])
@@ -120,7 +123,9 @@ def test_killed_and_resumed_training_is_bit_equal(
         assert torch.equal(tensor, weights(tmp_path, 9)[name]), name
 
 
-def test_resume_refuses_another_configuration(tmp_path: Path, whole_run: Path, data_options: list[str], capsys) -> None:
+def test_resume_refuses_another_configuration(
+    tmp_path: Path, whole_run: Path, data_options: list[str], capsys
+) -> None:
     checkpoint = f"--ckpt_path={whole_run / 'checkpoints' / 'step_0000004.ckpt'}"
     assert fit(tmp_path, data_options, checkpoint, "--data.batch_size=8") == 1
     message = capsys.readouterr().err
@@ -183,7 +188,7 @@ def test_validate_and_predict_take_configuration_and_averages_from_the_checkpoin
     assert cli.main(["predict", checkpoint, f"--trainer.default_root_dir={tmp_path}"]) == 0
     saved = np.load(tmp_path / "predictions.npz")
     assert saved["predicted"].shape == saved["true"].shape == (6, 5, 8)
-    assert "translation error" in " ".join(capsys.readouterr().out.split())
+    assert "predictions.npz" in capsys.readouterr().out
 
 
 def test_the_resolved_configuration_is_kept_and_can_be_run_again(whole_run: Path) -> None:
@@ -198,7 +203,10 @@ def test_a_later_config_wins_and_options_win_over_all(tmp_path: Path, data_optio
     change = tmp_path / "change.yaml"
     change.write_text("data: {init_args: {batch_size: 2}}\ntrainer: {max_steps: 1, val_check_interval: 1}\n")
     options = [f"--config={change}", "--model.recipe.lr=0.5", f"--trainer.default_root_dir={tmp_path}"]
-    assert cli.main(["fit", f"--config={TWIN}", *data_options, f"--trainer.logger.save_dir={tmp_path}", *options]) == 0
+    assert (
+        cli.main(["fit", f"--config={TWIN}", *data_options, f"--trainer.logger.save_dir={tmp_path}", *options])
+        == 0
+    )
     kept = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert kept["data"]["init_args"]["batch_size"] == 2
     assert kept["data"]["init_args"]["holdout"] == 0.2

@@ -74,9 +74,24 @@ class RunCheckpoint(ModelCheckpoint):
             **newest,
         )
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save every so many steps, and the last step of `max_steps`.
+
+        Lightning resumes exactly from what is saved here; what is saved at the end of training counts a batch
+        twice.
+        """
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step == trainer.max_steps:
+            self._save_if_new(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the end of training, unless it was saved just now."""
+        """Save a training that ended otherwise: by epochs or by time."""
         super().on_train_end(trainer, pl_module)
+        self._save_if_new(trainer)
+
+    def _save_if_new(self, trainer: L.Trainer) -> None:
         step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)
         path = self.format_checkpoint_name({"step": step, "epoch": epoch})
         if not Path(path).exists():

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from spear_lightning.errors import CheckpointError
+from spear_lightning.errors import CheckpointError, SpearError
 from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO
@@ -147,14 +147,28 @@ def main(arguments: list[str]) -> int:
         # Printed before Lightning's help, which ends the process.
         sys.stdout.write(explain_options() + "\n")
     arguments = with_configuration_of_checkpoint(arguments)
-    SpearCLI(
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        save_config_callback=RunRecord,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        # Lightning warns when it is given arguments beside those of the process, even if they are the same.
-        args=None if arguments == sys.argv[1:] else arguments,
-    )
+    try:
+        SpearCLI(
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunRecord,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            # Lightning warns when it is given arguments beside those of the process, even if they are the same.
+            args=None if arguments == sys.argv[1:] else arguments,
+        )
+    except (TypeError, ValueError) as error:
+        # jsonargparse wraps what a constructor raises in the story of everything it tried.
+        explained = explained_cause(error)
+        if explained is None:
+            raise
+        raise explained from error
     return 0
+
+
+def explained_cause(error: BaseException | None) -> SpearError | None:
+    """Return the first error of ours in a chain of causes, or `None`."""
+    while error is not None and not isinstance(error, SpearError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -39,8 +39,9 @@ def explain_options() -> str:
         module, name = class_path.rsplit(".", 1)
         documented = getattr(import_module(module), name).__doc__ or ""
         sections.append(f"{place}: {class_path}\n{_arguments(documented)}")
-    return "\nOptions of our own classes (in YAML under the place named, `...` stands for init_args):\n\n" + "\n".join(
-        sections
+    return (
+        "\nOptions of our own classes (in YAML under the place named, `...` stands for init_args):\n\n"
+        + "\n".join(sections)
     )
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_what_trains_does(whole_run: P
         "policy.vla.vlm.projections.moge.weight",
         "policy.vla.vlm.language_model.layers.0.mlp.up_proj.weight",
     )
-    assert all(not torch.equal(a[expert], b[expert]) for a, b in zip(states, states[1:], strict=False))
+    assert all(not torch.equal(a[expert], b[expert]) for a, b in pairwise(states))
     # Phases: align 0-3, language 3-6, all 6-9; MoGe is frozen throughout.
     assert torch.equal(states[1][projection], states[2][projection])
     assert not torch.equal(states[2][projection], states[3][projection])
@@ -277,7 +278,12 @@ def test_a_pattern_that_matches_nothing(
 
 
 def test_help_needs_no_heavy_import() -> None:
-    code = "import sys; from spear_lightning import cli; cli.main(['--help']); print(sorted(m.split('.')[0] for m in sys.modules))"
+    code = """
+import sys
+from spear_lightning import cli
+cli.main(["--help"])
+print(sorted(name.split(".")[0] for name in sys.modules))
+"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: spear VERB" in result.stdout
     for heavy in ("torch", "lightning", "numpy", "mlflow", "transformers", "yaml"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -53,7 +54,7 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Policy, "policy", required=True)
     try:
-        parsed = parser.parse_object({"policy": dict(config)})
+        parsed = parser.parse_object({"policy": copy.deepcopy(dict(config))})
     except (ArgumentError, TypeError, ValueError) as error:
         raise CheckpointError(
             "The policy's configuration cannot be built with this version of the package",
@@ -61,7 +62,7 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
             found=error,
         ) from error
     policy: Policy = parser.instantiate_classes(parsed).policy
-    policy.config = dict(config)
+    policy.config = copy.deepcopy(dict(config))
     return policy
 
 
@@ -84,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
+    except (RuntimeError, OSError, ValueError, EOFError, UnpicklingError) as error:
         raise CheckpointError(
             "The checkpoint cannot be read", where=path, found=f"{type(error).__name__}: {error}"
         ) from error

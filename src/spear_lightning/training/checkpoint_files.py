@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning as L
@@ -46,7 +47,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
+        except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError) as error:
             raise CheckpointError(
                 "The checkpoint cannot be read", where=path, found=f"{type(error).__name__}: {error}"
             ) from error

@@ -21,7 +21,7 @@ from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO
 from spear_lightning.training.configuration import KEPT_SECTIONS
 from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.prediction_writer import PredictionWriter
-from spear_lightning.training.tracking import RunRecord
+from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class SpearCLI(LightningCLI):
         self._dump_config()
         options = self.config_init[self.subcommand]
         options["ckpt_path"] = self._resolve_checkpoint(options.get("ckpt_path"))
+        if self.subcommand == "fit" and options["ckpt_path"] is not None:
+            continue_tracked_run(self.trainer)
         if isinstance(self.model, SpearModule):
             self.model.run_config = self.config_dump
             self.model.resume_allow = options["resume_allow"]

@@ -6,6 +6,7 @@ Episodes -> index -> training -> checkpoint -> action chunks predicted in a fres
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,9 @@ def spear(folder: Path, *arguments: str) -> None:
         SpearError: If it fails.
     """
     code = "import sys; from spear_lightning.cli import main; sys.exit(main())"
-    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, check=False)
+    # The demo keeps to its own folder, whatever tracking server the environment names.
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=folder, env=environment, check=False)
     if result.returncode:
         raise SpearError(
             f"`spear {arguments[0]}` failed",

@@ -115,7 +115,7 @@ class RunRecord(SaveConfigCallback):
         self._loggers: list[MLflowRunLogger] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reattach the MLflow run of a resumed training before anything is logged."""
+        """Write the record when a training starts."""
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
 
@@ -141,12 +141,9 @@ class RunRecord(SaveConfigCallback):
         self, logger: MLflowRunLogger, folder: Path, text: str, parameters: dict[str, Any], resuming: bool
     ) -> None:
         run_id_file = folder / RUN_ID_FILE
-        continued = resuming and run_id_file.is_file()
-        if continued:
-            logger.continue_run(run_id_file.read_text().strip())
         client, run_id = logger.experiment, logger.run_id
         assert run_id is not None
-        if not continued:
+        if not (resuming and run_id_file.is_file() and run_id_file.read_text() == run_id):
             write_text(run_id_file, run_id)
             # MLflow refuses to change a parameter, so they are logged once, with the run.
             logger.log_hyperparams(parameters)
@@ -161,6 +158,17 @@ class RunRecord(SaveConfigCallback):
         """Stop background threads, also after an error."""
         for logger in self._loggers:
             logger.stop_system_metrics()
+
+
+def continue_tracked_run(trainer: L.Trainer) -> None:
+    """Let a resumed training log into the MLflow run it began.
+
+    It must happen before the trainer starts: Lightning opens every logger's run even before `setup`.
+    """
+    run_id_file = Path(trainer.default_root_dir) / RUN_ID_FILE
+    for logger in trainer.loggers:
+        if isinstance(logger, MLflowRunLogger) and run_id_file.is_file():
+            logger.continue_run(run_id_file.read_text())
 
 
 def git_state() -> dict[str, str]:

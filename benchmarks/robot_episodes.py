@@ -16,7 +16,9 @@ from spear_lightning.robot_data.demo_episodes import bridge_layout
 from spear_lightning.robot_data.rlds_writer import write_description, write_shard
 
 SIDE = 256
-QUALITY = 95
+QUALITY, SUBSAMPLING = 95, "420"
+"""What tf.io.encode_jpeg, and so tensorflow-datasets, writes; Bridge V2 itself is 4:2:0."""
+
 SHARD_EPISODES = 20
 
 Pictures = list[list[bytes]]
@@ -58,7 +60,7 @@ def _pan(scene: Image.Image, steps: int, rng: np.random.Generator) -> list[bytes
         view = scene.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
         light = rng.uniform(0.9, 1.1)
         pixels = np.clip(np.asarray(view, np.float32) * light, 0, 255).astype(np.uint8)
-        encoded.append(simplejpeg.encode_jpeg(pixels, quality=QUALITY, colorspace="RGB"))
+        encoded.append(simplejpeg.encode_jpeg(pixels, QUALITY, colorspace="RGB", colorsubsampling=SUBSAMPLING))
     return encoded
 
 
@@ -78,10 +80,13 @@ def write_episodes(root: Path, external: Pictures, second: Pictures, copies: int
     write_description(folder, layout, {"train": lengths}, "Made-up episodes for the loading benchmark.")
 
 
-def _episode(external: list[bytes], second: list[bytes], number: int) -> dict[str, np.ndarray | list]:
+def _episode(
+    external: list[bytes], second: list[bytes], number: int
+) -> dict[str, np.ndarray | list[bytes] | list[str]]:
     steps = len(external)
     rng = np.random.default_rng([1, number])
-    motion_T6 = np.cumsum(rng.normal(0, [0.01] * 3 + [0.05] * 3, (steps, 6)), axis=0) + [0.3, 0, 0.1, 0, 0, 0]
+    change_T6 = rng.normal(0, [0.01, 0.01, 0.01, 0.05, 0.05, 0.05], (steps, 6))
+    motion_T6 = np.cumsum(change_T6, axis=0) + np.array([0.3, 0, 0.1, 0, 0, 0])
     # Commands between open and closed occur in Bridge, and take the next decided value.
     command_T = rng.choice([0.0, 0.3, 0.7, 1.0], steps, p=[0.4, 0.1, 0.1, 0.4])
     openness_T = rng.uniform(0.1, 1.05, steps)

@@ -14,13 +14,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf
-from timing import time_batches
+from measure import time_batches
 
 HORIZON = 5
 FEATURES = {
@@ -94,28 +95,28 @@ def upper(q: tf.Tensor) -> tf.Tensor:
     return tf.where(q[..., 3:] < 0, -q, q)
 
 
-def decoded(frame: Frame) -> Frame:
+def decoded(frame: Frame, method: str = "bilinear") -> Frame:
     """Decode and resize a frame's pictures: centre crop to 4:3 and 280x210, and 112x112."""
     # Of 256x256 pixels, the rows that a 4:3 picture shows; decoding no others is faster than cutting them out.
     external = tf.io.decode_and_crop_jpeg(frame["external"], [32, 0, 192, 256], channels=3)
     second = tf.io.decode_jpeg(frame["second"], channels=3)
-    return frame | {"external": resized(external, 210, 280), "second": resized(second, 112, 112)}
+    return frame | {"external": resized(external, 210, 280, method), "second": resized(second, 112, 112, method)}
 
 
-def resized(image: tf.Tensor, height: int, width: int) -> tf.Tensor:
+def resized(image: tf.Tensor, height: int, width: int, method: str) -> tf.Tensor:
     """Resize with antialiasing, uint8."""
-    image = tf.image.resize(image, (height, width), antialias=True)
+    image = tf.image.resize(image, (height, width), method, antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
 
 
-def training_batches(shards: list[str], cores: int, buffer: int, batch_size: int) -> tf.data.Dataset:
+def training_batches(shards: list[str], cores: int, buffer: int, batch_size: int, method: str) -> tf.data.Dataset:
     """Return the endless shuffled batches."""
     files = tf.data.Dataset.from_tensor_slices(shards).shuffle(len(shards)).repeat()
     records = files.interleave(
         tf.data.TFRecordDataset, cycle_length=4, num_parallel_calls=tf.data.AUTOTUNE, deterministic=False
     )
     frames = records.map(episode_frames, tf.data.AUTOTUNE, deterministic=False).unbatch().shuffle(buffer)
-    samples = frames.map(decoded, tf.data.AUTOTUNE, deterministic=False)
+    samples = frames.map(partial(decoded, method=method), tf.data.AUTOTUNE, deterministic=False)
     options = tf.data.Options()
     options.threading.private_threadpool_size = cores
     options.threading.max_intra_op_parallelism = 1
@@ -127,11 +128,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--buffer", type=int, default=1)
+    parser.add_argument("--resize", choices=["bilinear", "lanczos3"], default="bilinear")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--windows", type=int, default=3)
-    parser.add_argument("--warm-up", type=float, default=3)
-    parser.add_argument("--check", type=Path, help="write this many samples to an .npz file")
+    parser.add_argument("--warm-up", type=float, default=2)
+    parser.add_argument("--check", type=Path, help="write one batch to this .npz file instead")
     return parser.parse_args()
 
 
@@ -147,7 +149,7 @@ def main() -> int:
         return 0
 
     def open_loader() -> Iterator[int]:
-        dataset = training_batches(shards, options.cores, options.buffer, options.batch)
+        dataset = training_batches(shards, options.cores, options.buffer, options.batch, options.resize)
         return (len(batch["state"]) for batch in dataset.as_numpy_iterator())
 
     result = time_batches(open_loader, options.seconds, options.windows, options.warm_up)

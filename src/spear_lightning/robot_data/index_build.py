@@ -26,6 +26,10 @@ from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_r
 from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, plan_shards, read_shard
 
 
+PARALLEL_FROM_BYTES = 256 << 20
+"""Smaller data sets are read in one process: starting others takes longer than reading them."""
+
+
 def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: Path | None = None) -> Path:
     """Return where the index of a split is kept.
 
@@ -75,7 +79,7 @@ def build_index(
         split: E.g. "train".
         entry: Its conventions.
         index_root: Folder of indexes; default: `default_index_root()`.
-        workers: Processes; default: one per core.
+        workers: Processes; default: one per core, or just this one for a small data set.
         verify_images: Decode every image instead of looking at its first and last bytes.
 
     Returns:
@@ -164,7 +168,10 @@ def _with_progress(shards: list[Path], plan: ShardPlan, workers: int | None, tit
 
 
 def _read_all(shards: list[Path], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
-    workers = min(workers or os.cpu_count() or 1, len(shards))
+    if workers is None:
+        size = sum(path.stat().st_size for path in shards)
+        workers = 1 if size < PARALLEL_FROM_BYTES else os.cpu_count() or 1
+    workers = min(workers, len(shards))
     if workers <= 1:
         yield from (read_shard(path, plan) for path in shards)
         return

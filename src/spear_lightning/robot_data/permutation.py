@@ -6,6 +6,7 @@ order is found at once, which also makes resuming at any place exact and free.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +18,8 @@ _ROUNDS = 6
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     """Return where a permutation of range(size) sends some numbers.
 
-    A balanced Feistel network permutes the next power of four; numbers that leave range(size) walk on until
-    they are back (Black and Rogaway, 2002), fewer than four steps on average.
+    A Feistel network with additions modulo a and b, a b >= size, permutes range(a b); the few numbers that leave
+    range(size) walk on until they are back (Black and Rogaway, 2002).
 
     Args:
         index: int64, any shape, values in [0, size).
@@ -28,12 +29,13 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     Returns:
         int64 of the same shape, values in [0, size).
     """
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
     keys = _round_keys(key)
-    values = _feistel(np.asarray(index).astype(np.uint64), half, keys)
+    values = _feistel(np.asarray(index).astype(np.uint64), np.uint64(a), np.uint64(b), keys)
     outside = values >= size
     while outside.any():
-        values[outside] = _feistel(values[outside], half, keys)
+        values[outside] = _feistel(values[outside], np.uint64(a), np.uint64(b), keys)
         outside = values >= size
     return values.astype(np.int64)
 
@@ -43,17 +45,17 @@ def _round_keys(key: int) -> np.ndarray:
     return np.random.SeedSequence(key).generate_state(_ROUNDS, np.uint64)
 
 
-def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
-    bits = np.uint64(half)
-    mask = np.uint64((1 << half) - 1)
-    left, right = values >> bits, values & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    return (left << bits) | right
+def _feistel(values: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """Permute range(a b): numbers are pairs (left < a, right < b), each shifted by a function of the other."""
+    left, right = np.divmod(values, b)
+    for first, second in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + _mix(right + first)) % a
+        right = (right + _mix(left + second)) % b
+    return left * b + right
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014): every input bit changes every output bit."""
+    """SplitMix64's finaliser (Steele, Lea and Flood, 2014), halved so that sums with it do not overflow."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return (values ^ (values >> np.uint64(31))) >> np.uint64(1)

@@ -250,6 +250,16 @@ def machine(cores: int, results: list[dict[str, Any]]) -> str:
     return f"{model}, {cores} of {os.cpu_count()} cores; " + ", ".join(f"{k} {v}" for k, v in versions.items())
 
 
+def code_version() -> str:
+    """Return the commit that is measured, and whether the package differs from it: people edit while runs last."""
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
+    answers = [subprocess.run(["git", "-C", HERE.parent, *c], capture_output=True, text=True) for c in commands]
+    if any(answer.returncode for answer in answers):
+        return "unknown (no git checkout)"
+    commit, changes = (answer.stdout.strip() for answer in answers)
+    return f"commit {commit}" + (", with uncommitted changes in src" if changes else "")
+
+
 def report(rows: list[Contender], facts: list[str], options: argparse.Namespace) -> str:
     """Return the Markdown file."""
     table = [HEADER, ["---"] * len(HEADER), *(contender.row() for contender in rows)]
@@ -293,6 +303,7 @@ def main() -> int:
     """Run the benchmark."""
     options = parse_arguments()
     start = time.perf_counter()
+    version = code_version()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     if hasattr(os, "sched_setaffinity"):
         # Inherited by everything that is started from here.
@@ -306,7 +317,10 @@ def main() -> int:
         console.print(f"Same work: {same}.")
         rows, findings = compare(bench)
     results = [measured for contender in rows for measured in contender.rounds]
+    if version != code_version():
+        raise RuntimeError("The package was changed during the run: its figures belong to no version")
     facts = [
+        f"Code: {version}.",
         f"Machine: {machine(options.cores, results)}.",
         f"Data: {data}.",
         f"Same work: {same}.",

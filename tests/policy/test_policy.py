@@ -112,7 +112,7 @@ def test_statistics_are_part_of_the_weights(policy: Policy) -> None:
 
 def test_serving_sees_exactly_what_training_sees(policy: Policy, tmp_path: Path) -> None:
     write_demo_episodes(tmp_path, episodes=3, steps=6, height=60, width=80)
-    mixture = RobotMixture(tmp_path, {"bridge": 1.0}, holdout=0, index_folder=tmp_path / "index")
+    mixture = RobotMixture(tmp_path, {"bridge": 1.0}, ChunkSpec(), holdout=0, index_folder=tmp_path / "index")
     source = mixture.training[0]
     dataset = RobotDataset(mixture.training, EvenSamples([len(source)], 4), CAMERAS, ChunkSpec())
     trained = dataset.__getitems__([2])
@@ -176,11 +176,25 @@ def test_pixels_of_an_absent_camera_do_not_matter(policy: Policy) -> None:
         ({"primary": np.zeros((3, 48, 64), np.uint8)}, STATE, "uint8 RGB"),
         (observation(), STATE[:7], "eight finite numbers"),
         (observation(), STATE * np.float32("nan"), "eight finite numbers"),
+        (observation(), np.array([0.3, 0, 0.1, 0, 0, 0, 0, 1]), "unit quaternion"),
+        (observation(), np.array([0.3, 0, 0.1, 0, 0, 0, 1, 40]), "openness"),
     ],
 )
 def test_wrong_observations_are_refused(policy: Policy, images: dict, state: np.ndarray, message: str) -> None:
     with pytest.raises((ConfigError, ShapeError), match=message):
         policy.act(images, "reach", state)
+
+
+def test_both_signs_of_a_quaternion_are_one_state(policy: Policy) -> None:
+    q = np.array([0.1, -0.5, 0.3, 0.8]) / np.linalg.norm([0.1, -0.5, 0.3, 0.8])
+    chunks = [policy.act(observation(), "reach", np.array([0.3, 0, 0.1, *(sign * q), 1])) for sign in (1, -1)]
+    assert np.array_equal(*chunks)
+
+
+def test_pictures_may_be_views(policy: Policy) -> None:
+    bgr = {name: image[:, :, ::-1].copy() for name, image in observation().items()}
+    rgb = {name: image[:, :, ::-1] for name, image in bgr.items()}
+    assert np.array_equal(policy.act(rgb, "reach", STATE), policy.act(observation(), "reach", STATE))
 
 
 def test_losses_have_all_parts_and_gradients(policy: Policy) -> None:

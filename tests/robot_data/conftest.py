@@ -26,4 +26,4 @@ def demo_folder(demo_root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def demo_index(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> EpisodeIndex:
-    return EpisodeIndex(ensure_index(demo_root, entry_of("bridge"), index_root=tmp_path_factory.mktemp("index")))
+    return ensure_index(demo_root, entry_of("bridge"), index_root=tmp_path_factory.mktemp("index"))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +17,19 @@ import numpy as np
 import pytest
 
 from spear_lightning.errors import ConfigError, DataError
+from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.demo_episodes import bridge_layout, demo_episode
 from spear_lightning.robot_data.episode_index import EpisodeIndex
-from spear_lightning.robot_data.index_build import build_index, index_path
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.robot_data.index_build import BESIDE, build_index, ensure_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
 from spear_lightning.robot_data.registry import entry_for_folder, entry_of
 from spear_lightning.robot_data.rlds_folder import find_rlds, open_rlds
 from spear_lightning.robot_data.rlds_writer import write_description, write_shard
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.sample_source import split_episodes
+from spear_lightning.robot_data.tfrecord import read_records, write_records
 
 LAYOUT = bridge_layout(32, 32)
 Change = Callable[[dict], None]
@@ -168,7 +173,7 @@ def test_empty_instructions_are_counted_and_left_out_on_request(tmp_path: Path) 
 def test_nothing_with_an_instruction_is_an_error(tmp_path: Path) -> None:
     write_episodes(tmp_path, dict.fromkeys(range(4), empty_instruction))
     with pytest.raises(DataError, match="keep_without_instruction"):
-        RobotMixture(tmp_path, {"bridge": 1.0}, index_folder=tmp_path / "index")
+        RobotMixture(tmp_path, {"bridge": 1.0}, ChunkSpec(), index_folder=tmp_path / "index")
 
 
 def test_blank_pictures_of_an_optional_camera_are_dummies(tmp_path: Path) -> None:
@@ -229,3 +234,54 @@ index_build.build_index(folder, "train", entry_of("bridge"), Path({str(tmp_path 
     assert result.returncode == -signal.SIGKILL
     assert not list((tmp_path / "index").glob(f"bridge*/{DESCRIPTION}"))
     assert index_of(folder, tmp_path / "index").num_episodes == 4
+
+
+def test_a_shard_cut_between_episodes_is_an_error(tmp_path: Path) -> None:
+    folder = write_episodes(tmp_path, {})
+    shard = next(folder.glob("*.tfrecord*"))
+    payloads = [bytes(payload) for _, payload in read_records(shard)]
+    write_records(shard, payloads[:3])
+    with pytest.raises(DataError, match=r"does not hold the episodes[\s\S]*3 episodes[\s\S]*expected: 4"):
+        index_of(folder, tmp_path / "index")
+
+
+def test_what_is_skipped_is_reported_when_training_indexes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_episodes(tmp_path, {1: break_state})
+    RobotMixture(tmp_path, {"bridge": 1.0}, ChunkSpec(), index_folder=tmp_path / "index")
+    assert "1 x episodes skipped: non-finite state or action" in caplog.text
+
+
+def test_a_picture_broken_inside_is_masked_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_episodes(tmp_path, {1: break_image_inside})
+    mixture = RobotMixture(tmp_path, {"bridge": 1.0}, ChunkSpec(), holdout=0, index_folder=tmp_path / "index")
+    (source,) = mixture.training
+    cameras = {"primary": CameraSpec(28, 28), "secondary": CameraSpec(28, 28)}
+    dataset = RobotDataset(mixture.training, EvenSamples([len(source)], 99), cameras, ChunkSpec())
+    batch = dataset.__getitems__(range(len(source)))
+    broken = source.frames(np.arange(len(source))) == 6 + 3
+    assert (batch.image_mask["primary"].numpy() == ~broken).all()
+    assert batch.image_mask["secondary"].all()
+    assert not batch.images["primary"][broken].any()
+    assert "episode 1, step 3" in caplog.text
+
+
+def test_an_index_beside_the_data_moves_with_it(tmp_path: Path) -> None:
+    folder = write_episodes(tmp_path / "old", {})
+    build_index(open_rlds(folder), "train", entry_of("bridge"), folder / BESIDE)
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    index = ensure_index(tmp_path / "new", entry_of("bridge"), index_root=tmp_path / "unused")
+    assert index.folder.is_relative_to(tmp_path / "new")
+    assert index.read_image("primary", 1, 0).shape == (32, 32, 3)
+    assert not (tmp_path / "unused").exists()
+
+
+def test_leftovers_of_killed_indexing_are_removed(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    leftover = tmp_path / "index" / f".x.{socket.gethostname()}.{int(finished.stdout)}.tmp"
+    leftover.mkdir(parents=True)
+    index_of(write_episodes(tmp_path, {}), tmp_path / "index")
+    assert not leftover.exists()

@@ -50,7 +50,6 @@ def test_streams_and_instructions_equal_tensorflow_datasets(indexed: tuple[Episo
         frames = slice(*index.episode_starts[number : number + 2])
         np.testing.assert_array_equal(index.raw("observation/state")[frames], steps["observation"]["state"])
         np.testing.assert_array_equal(index.raw("action")[frames], steps["action"])
-        np.testing.assert_array_equal(index.raw("is_first")[frames, 0], steps["is_first"])
         instruction = index.instructions[index.instruction_ids[number]]
         assert instruction == text_of(steps["language_instruction"][0]).strip()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from spear_lightning.errors import CheckpointError, ConfigError, DataError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image
-from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
+from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader, next_batch
 from spear_lightning.robot_data.robot_mixture import RobotMixture
+from spear_lightning.robot_data.sample_source import SampleSource
 
 CAMERAS = {
     "primary": CameraSpec(56, 42),
@@ -27,7 +30,8 @@ CAMERAS = {
 
 @pytest.fixture(scope="module")
 def mixture(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> RobotMixture:
-    return RobotMixture(demo_root, {"bridge": 1.0}, holdout=0.2, index_folder=tmp_path_factory.mktemp("index"))
+    folder = tmp_path_factory.mktemp("index")
+    return RobotMixture(demo_root, {"bridge": 1.0}, ChunkSpec(), holdout=0.2, index_folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_loader_resumes_exactly_within_and_between_epochs(dataset: RobotDataset,
 
 def test_a_resumed_epoch_has_only_the_rest_of_its_batches(dataset: RobotDataset) -> None:
     loader = ResumableLoader(dataset, 4, 5)
-    loader.load_state_dict({"batches": 8, "global_batch_size": 4})
+    loader.load_state_dict({"batches": 8, "global_batch_size": 4, "data": ""})
     assert len(list(loader)) == 2
     assert len(list(loader)) == 5
 
@@ -113,7 +117,48 @@ def test_workers_and_ranks_do_not_change_the_stream(dataset: RobotDataset) -> No
 def test_another_global_batch_size_is_refused(dataset: RobotDataset) -> None:
     loader = ResumableLoader(dataset, 4, 5)
     with pytest.raises(CheckpointError, match="another global batch size"):
-        loader.load_state_dict({"batches": 3, "global_batch_size": 8})
+        loader.load_state_dict({"batches": 3, "global_batch_size": 8, "data": ""})
+
+
+def test_other_data_are_refused(dataset: RobotDataset) -> None:
+    loader = ResumableLoader(dataset, 4, 5, data="now")
+    with pytest.raises(CheckpointError, match=r"other data[\s\S]*expected: then"):
+        loader.load_state_dict({"batches": 3, "global_batch_size": 4, "data": "then"})
+
+
+def test_fingerprint_follows_the_data_and_not_its_place(
+    mixture: RobotMixture, demo_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(demo_root, tmp_path / "copy")
+    options = {"holdout": 0.2, "index_folder": tmp_path / "index"}
+    same = RobotMixture(tmp_path / "copy", {"bridge": 1.0}, ChunkSpec(), **options)
+    other_split = RobotMixture(tmp_path / "copy", {"bridge": 1.0}, ChunkSpec(), seed=1, **options)
+    assert same.fingerprint() == mixture.fingerprint()
+    assert other_split.fingerprint() != mixture.fingerprint()
+
+
+@pytest.mark.parametrize("rate_hz", [5.0, 2.0, 1.0])
+def test_every_sample_has_a_target_inside_its_episode(mixture: RobotMixture, rate_hz: float) -> None:
+    index, spec = mixture.training[0].index, ChunkSpec(rate_hz=rate_hz)
+    source = SampleSource(index, np.arange(index.num_episodes), spec)
+    masks = read_chunks(index, source.frames(np.arange(len(source))), spec).mask
+    assert masks.any(dim=1).all()
+    left_out = np.setdiff1d(index.samples, source.frames(np.arange(len(source))))
+    assert not read_chunks(index, left_out, spec).mask.any()
+
+
+def test_errors_of_workers_lose_the_traceback() -> None:
+    message = (
+        "Caught DataError in worker.\n  File x\nspear_lightning.errors.DataError: A shard is gone\n  where: y"
+    )
+
+    def failing() -> Iterator[RobotBatch]:
+        raise DataError(message)
+        yield
+
+    with pytest.raises(DataError) as error:
+        next_batch(failing())
+    assert str(error.value) == own
 
 
 def test_validation_samples_are_spread_evenly(mixture: RobotMixture) -> None:
@@ -136,7 +181,7 @@ def test_unknown_cameras_are_refused(mixture: RobotMixture) -> None:
 
 
 def test_statistics_equal_numpy_quantiles(mixture: RobotMixture) -> None:
-    statistics = mixture.statistics(ChunkSpec())
+    statistics = mixture.statistics()
     source = mixture.training[0]
     chunks = read_chunks(source.index, source.frames(np.arange(len(source))), ChunkSpec())
     translation = chunks.actions[chunks.mask][:, :3].numpy()
@@ -145,16 +190,14 @@ def test_statistics_equal_numpy_quantiles(mixture: RobotMixture) -> None:
         for bound, quantile in (("low", 0.01), ("high", 0.99)):
             expected = np.quantile(values, quantile, axis=0, method="inverted_cdf")
             np.testing.assert_allclose(getattr(statistics, f"{name}_{bound}"), expected, atol=2.1e-5)
-    assert mixture.statistics(ChunkSpec()) == statistics
-    assert mixture.statistics(ChunkSpec(mode="per_step")) != statistics
+    assert mixture.statistics() == statistics
 
 
 def test_statistics_weigh_data_sets_as_the_mixture_does(mixture: RobotMixture) -> None:
-    from spear_lightning.robot_data.sample_source import SampleSource
     from spear_lightning.robot_data.statistics import mixture_statistics
 
     index = mixture.training[0].index
-    sources = [SampleSource(index, np.array([episode])) for episode in (0, 1)]
+    sources = [SampleSource(index, np.array([episode]), ChunkSpec()) for episode in (0, 1)]
     shares = np.array([0.999, 0.001])
     mixed, alone = (
         mixture_statistics(sources, shares, ChunkSpec()),

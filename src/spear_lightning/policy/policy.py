@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spear_lightning.batches import STATE_WIDTH, RobotBatch
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.flow import ActionFlow
+from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.poses import ChunkMode
 from spear_lightning.models import PromptTokenizer, SpearVLA
 from spear_lightning.policy.normalizer import ActionNormalizer
@@ -190,9 +191,7 @@ class Policy(nn.Module):
                 found=sorted(images),
                 expected=f"some of {sorted(interface.cameras)}",
             )
-        state = np.asarray(state, dtype=np.float32)
-        if state.shape != (STATE_WIDTH,) or not np.isfinite(state).all():
-            raise ShapeError("A state is eight finite numbers [x, q, g]", where="state", found=state)
+        pose_8 = canonical_state(state)
         pixels, present = {}, {}
         for name, camera in interface.cameras.items():
             image = images.get(name)
@@ -213,7 +212,7 @@ class Policy(nn.Module):
             images=pixels,
             image_mask=present,
             instructions=[instruction],
-            state=torch.from_numpy(state)[None],
+            state=pose_8[None],
             actions=chunk,
             action_mask=torch.ones((1, interface.horizon), dtype=torch.bool),
             dataset=torch.zeros(1, dtype=torch.int64),
@@ -233,3 +232,31 @@ class Policy(nn.Module):
                 remedy="load it from a checkpoint, or set `policy.interface` to a PolicyInterface",
             )
         return self.interface
+
+
+def canonical_state(state: np.ndarray) -> Tensor:
+    """Check a state and bring it to the form that training data has.
+
+    Args:
+        state: (8,) position in metres, quaternion xyzw, gripper openness.
+
+    Returns:
+        float32 (8,), the quaternion of unit norm with w >= 0.
+
+    Raises:
+        ShapeError: If it is not eight finite numbers with a unit quaternion and an openness in [0, 1].
+    """
+    values = torch.as_tensor(np.asarray(state, dtype=np.float32))
+    if values.shape != (STATE_WIDTH,) or not bool(torch.isfinite(values).all()):
+        raise ShapeError("A state is eight finite numbers [x, q, g]", where="state", found=state)
+    position, quaternion, gripper = values.split([3, 4, 1])
+    norm = float(torch.linalg.vector_norm(quaternion))
+    if abs(norm - 1) > 1e-2 or not -1e-3 <= float(gripper) <= 1 + 1e-3:
+        raise ShapeError(
+            "The state is no pose with a gripper",
+            where="state",
+            found=f"quaternion of norm {norm:.4f}, gripper {float(gripper):.4f}",
+            expected="a unit quaternion xyzw, and openness from 0 (closed) to 1 (open)",
+        )
+    quaternion = quaternions.canonicalize(quaternions.normalize(quaternion))
+    return torch.cat([position, quaternion, gripper.clamp(0, 1)])

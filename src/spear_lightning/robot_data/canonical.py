@@ -107,9 +107,7 @@ _ROTATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "quat_xyzw": _unit_xyzw,
     "quat_wxyz": lambda q: quaternions.from_wxyz(_unit_xyzw(q)),
     "rotvec": quaternions.from_rotvec,
-    "matrix_colmajor": lambda flat: quaternions.from_matrix(
-        flat.reshape(*flat.shape[:-1], 4, 4).transpose(-1, -2)[..., :3, :3]
-    ),
+    "matrix_colmajor": lambda flat: quaternions.from_matrix_colmajor(flat)[0],
 }
 _GRIPPER_RULES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "as_is": clipped,

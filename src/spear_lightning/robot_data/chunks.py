@@ -6,6 +6,7 @@ linearly, its rotation by slerp between the neighbouring frames, and its gripper
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +44,11 @@ class ChunkSpec:
                 where="chunks",
                 found=f"horizon {self.horizon}, rate_hz {self.rate_hz}",
             )
+
+
+def frames_ahead(native_hz: float, spec: ChunkSpec) -> int:
+    """Return how many whole frames must follow a frame for the first target to lie inside the episode."""
+    return math.ceil(native_hz / spec.rate_hz - SAME_FRAME)
 
 
 @dataclass

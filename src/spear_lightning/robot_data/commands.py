@@ -16,7 +16,7 @@ from spear_lightning.errors import ConfigError
 from spear_lightning.geometry import quaternions
 from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.episode_index import EpisodeIndex
-from spear_lightning.robot_data.index_build import build_index, index_path
+from spear_lightning.robot_data.index_build import BESIDE, build_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
 from spear_lightning.robot_data.registry import DatasetEntry, entry_for_folder, entry_of
 from spear_lightning.robot_data.rlds_folder import RldsFolder, open_rlds
@@ -67,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
 
     statistics = verbs.add_parser("statistics", help="compute the quantiles of an experiment's mixture")
     statistics.set_defaults(run=_statistics)
-    statistics.add_argument("--config", required=True, help="experiment, e.g. experiments/quickstart/vla.yaml")
+    statistics.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        help="experiment, e.g. experiments/quickstart/vla.yaml; several merge from left to right",
+    )
     statistics.add_argument("--root", help="data root instead of the experiment's")
     return parser
 
@@ -87,7 +92,7 @@ def _resolve(options: argparse.Namespace) -> tuple[RldsFolder, DatasetEntry, Pat
     folder = open_rlds(options.path)
     entry = entry_of(options.dataset) if options.dataset else entry_for_folder(folder.path, folder.name)
     root = Path(options.index_folder) if options.index_folder else None
-    return folder, entry, folder.path / "spear_index" if options.beside else root
+    return folder, entry, folder.path / BESIDE if options.beside else root
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -153,12 +158,14 @@ def _statistics(options: argparse.Namespace) -> None:
     data = read_data_options(options.config)
     if options.root:
         data["root"] = options.root
-    chunks = ChunkSpec(**(data.get("chunks") or {}))
     given = {name: data[name] for name in MIXTURE_OPTIONS if name in data}
     given["weights"] = given.pop("mixture")
-    mixture = RobotMixture(**given)
-    statistics = mixture.statistics(chunks)
-    table = Table(title=f"{chunks.mode} translations and positions, 1 % to 99 %, metres")
+    try:
+        mixture = RobotMixture(chunks=ChunkSpec(**(data.get("chunks") or {})), **given)
+    except TypeError as error:
+        raise ConfigError("The experiment's data options are wrong", where="data", found=error) from error
+    statistics = mixture.statistics()
+    table = Table(title=f"{mixture.chunks.mode} translations and positions, 1 % to 99 %, metres")
     for column in ("", "x", "y", "z"):
         table.add_column(column, justify="right")
     for name in ("translation", "position"):
@@ -175,23 +182,28 @@ def _statistics(options: argparse.Namespace) -> None:
     console.print(table)
 
 
-def read_data_options(config: str) -> dict[str, Any]:
+def read_data_options(configs: list[str]) -> dict[str, Any]:
     """Return the arguments of an experiment's data module.
 
+    Args:
+        configs: YAML files; later ones win.
+
     Raises:
-        ConfigError: If the file is missing or names no data root and mixture.
+        ConfigError: If a file cannot be read, or they name no data root and mixture.
     """
-    path = Path(config)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("The experiment cannot be read", where=path, found=error) from error
-    data = content.get("data") if isinstance(content, dict) else None
-    data = data.get("init_args", data) if isinstance(data, dict) else None
-    if not data or "root" not in data or "mixture" not in data:
+    options: dict[str, Any] = {}
+    for config in configs:
+        try:
+            content = yaml.safe_load(Path(config).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError("The experiment cannot be read", where=config, found=error) from error
+        data = content.get("data") if isinstance(content, dict) else None
+        if isinstance(data, dict):
+            options.update(data.get("init_args", data))
+    if "root" not in options or "mixture" not in options:
         raise ConfigError(
             "The experiment names no robot data",
-            where=path,
+            where=", ".join(configs),
             expected="data.init_args.root and data.init_args.mixture",
         )
-    return dict(data)
+    return options

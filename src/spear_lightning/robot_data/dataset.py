@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,8 +12,10 @@ import torch
 from spear_lightning.batches import STATE_WIDTH, RobotBatch
 from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
-from spear_lightning.robot_data.images import CameraSpec, fit_image
+from spear_lightning.robot_data.images import BrokenImage, CameraSpec, fit_image
 from spear_lightning.robot_data.sample_source import SampleSource
+
+log = logging.getLogger(__name__)
 
 
 class FindsSamples(Protocol):
@@ -71,6 +74,7 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
         self._finder = finder
         self._cameras = dict(cameras)
         self._chunks = chunks
+        self.broken_images = 0
         there = {camera for source in sources for camera in source.index.cameras}
         unknown = {name: camera.source or name for name, camera in self._cameras.items()}
         unknown = {name: source for name, source in unknown.items() if source not in there}
@@ -90,7 +94,7 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
         """Return the batch of some places; `DataLoader` calls this once per batch.
 
         Raises:
-            DataError: If a picture cannot be read; names its place on disk.
+            DataError: If a shard cannot be read. A picture that cannot be decoded is masked and reported instead.
         """
         places_B = np.asarray(places, np.int64)
         dataset_B, sample_B = self._finder[places_B]
@@ -136,9 +140,19 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
                 key = camera.source or name
                 if key not in index.cameras or not index.has_image(key, frame, episode):
                     continue
-                image_HW3 = index.read_image(key, frame, episode)
+                try:
+                    image_HW3 = index.read_image(key, frame, episode)
+                except BrokenImage as error:
+                    self._report(error)
+                    continue
                 pixels[name][row] = fit_image(image_HW3, camera).permute(1, 2, 0).numpy()
                 batch.image_mask[name][row] = True
+
+    def _report(self, error: BrokenImage) -> None:
+        """Say the first broken picture of this process aloud, and count the others."""
+        self.broken_images += 1
+        if self.broken_images == 1:
+            log.warning("%s\n  The camera is masked in this sample; further ones are not reported.", error)
 
 
 def as_is(batch: Any) -> Any:

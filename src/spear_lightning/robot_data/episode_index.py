@@ -39,8 +39,16 @@ class EpisodeIndex:
         cameras: Names of the cameras.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open an index; `DataError` if it is none, not whole, or its data set has moved."""
+    def __init__(self, folder: str | Path, data_folder: str | Path | None = None) -> None:
+        """Open an index.
+
+        Args:
+            folder: The index.
+            data_folder: Where its data set is now; default: where it was indexed.
+
+        Raises:
+            DataError: If it is no index or not whole.
+        """
         self.folder = Path(folder)
         self.description, self._arrays = read_array_folder(self.folder)
         self.dataset: str = self.description["dataset"]
@@ -53,7 +61,7 @@ class EpisodeIndex:
         self.samples = self._arrays["sample"]
         self.episode_starts = np.append(self._arrays["episode_start"], len(self.pose))
         self.episode_sample_starts = np.concatenate([[0], np.cumsum(self._arrays["episode_samples"])])
-        self._data_folder = Path(self.description["data_folder"])
+        self._data_folder = Path(data_folder or self.description["data_folder"])
         self._shards: list[str] = self.description["shards"]
         prefix, suffix = "camera/", "/offset"
         self.cameras = [
@@ -157,10 +165,10 @@ class EpisodeIndex:
             os.close(self._files.popitem()[1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder}
+        return {"folder": self.folder, "data_folder": self._data_folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class Place:

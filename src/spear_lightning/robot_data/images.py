@@ -63,7 +63,7 @@ def decode_image(data: bytes, where: object) -> np.ndarray:
         uint8 RGB (height, width, 3).
 
     Raises:
-        DataError: If the bytes are neither, or damaged.
+        BrokenImage: If the bytes are neither, or damaged.
     """
     try:
         if data.startswith(JPEG_START):
@@ -77,8 +77,12 @@ def decode_image(data: bytes, where: object) -> np.ndarray:
     raise _broken(where, f"{len(data)} bytes that start with {data[:8]!r}")
 
 
-def _broken(where: object, found: object) -> DataError:
-    return DataError(
+class BrokenImage(DataError):
+    """A camera frame that cannot be decoded, in a shard that is whole."""
+
+
+def _broken(where: object, found: object) -> BrokenImage:
+    return BrokenImage(
         "A camera frame cannot be decoded",
         where=where,
         found=found,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 from collections import Counter, deque
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spear_lightning.errors import DataError
+from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_store import (
     DESCRIPTION,
     SCHEMA,
@@ -25,6 +27,10 @@ from spear_lightning.robot_data.registry import DatasetEntry
 from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_rlds
 from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, plan_shards, read_shard
 
+log = logging.getLogger(__name__)
+
+BESIDE = "spear_index"
+"""Folder in a data set's own folder where `spear data index --beside` keeps its index."""
 
 PARALLEL_FROM_BYTES = 256 << 20
 """Smaller data sets are read in one process: starting others takes longer than reading them."""
@@ -36,7 +42,7 @@ def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: 
     The name holds a hash of the shards' names, sizes and times, and of the conventions: when any of them
     changes, another index is made.
     """
-    identity: list[object] = [SCHEMA, entry.fingerprint(), str(folder.path.resolve()), split]
+    identity: list[object] = [SCHEMA, entry.fingerprint(), split]
     for path, _ in folder.require_split(split):
         try:
             status = path.stat()
@@ -55,13 +61,22 @@ def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: 
 
 def ensure_index(
     root: str | Path, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
-) -> Path:
-    """Return the index of a registry entry's data set under a data root, building it if there is none."""
+) -> EpisodeIndex:
+    """Open the index of a registry entry's data set under a data root.
+
+    An index beside the data is preferred; one is built in `index_root` if there is none, and what had to be left
+    out is logged.
+    """
     folder = open_rlds(find_rlds(root, entry.name, entry.version))
-    path = index_path(folder, split, entry, index_root)
-    if not (path / DESCRIPTION).is_file():
-        build_index(folder, split, entry, index_root)
-    return path
+    for place in (folder.path / BESIDE, index_root):
+        path = index_path(folder, split, entry, place)
+        if (path / DESCRIPTION).is_file():
+            return EpisodeIndex(path, folder.path)
+    index = EpisodeIndex(build_index(folder, split, entry, index_root), folder.path)
+    for problem, count in index.description["problems"].items():
+        example = index.description["problem_examples"][problem]
+        log.warning("%s: %d x %s, first in %s", folder.path, count, problem, example)
+    return index
 
 
 def build_index(
@@ -91,7 +106,7 @@ def build_index(
     """
     plan = plan_shards(folder, entry, verify_images)
     target = index_path(folder, split, entry, index_root)
-    shards = [path for path, _ in folder.require_split(split)]
+    shards = folder.require_split(split)
     problems: Counter[str] = Counter()
     examples: dict[str, str] = {}
     instructions: dict[str, int] = {}
@@ -119,7 +134,7 @@ def build_index(
                 "rate_hz": entry.rate_hz,
                 "conventions": entry.fingerprint(),
                 "data_folder": str(folder.path.resolve()),
-                "shards": [path.name for path in shards],
+                "shards": [path.name for path, _ in shards],
                 "instructions": list(instructions),
                 "problems": dict(problems),
                 "problem_examples": examples,
@@ -148,12 +163,14 @@ def _append(
     return frames + int(ends_E[-1])
 
 
-def _with_progress(shards: list[Path], plan: ShardPlan, workers: int | None, title: str) -> Iterator[ShardPart]:
+def _with_progress(
+    shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None, title: str
+) -> Iterator[ShardPart]:
     """Yield the shards' parts in order, with a bar that counts bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    sizes = [path.stat().st_size for path in shards]
+    sizes = [path.stat().st_size for path, _ in shards]
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -167,21 +184,21 @@ def _with_progress(shards: list[Path], plan: ShardPlan, workers: int | None, tit
             progress.advance(task, size)
 
 
-def _read_all(shards: list[Path], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
+def _read_all(shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
     if workers is None:
-        size = sum(path.stat().st_size for path in shards)
+        size = sum(path.stat().st_size for path, _ in shards)
         workers = 1 if size < PARALLEL_FROM_BYTES else os.cpu_count() or 1
     workers = min(workers, len(shards))
     if workers <= 1:
-        yield from (read_shard(path, plan) for path in shards)
+        yield from (read_shard(path, plan, expected) for path, expected in shards)
         return
     # Forking a process that runs torch threads can hang; spawned ones cannot.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: deque[Future[ShardPart]] = deque()
         try:
-            for path in shards:
-                waiting.append(pool.submit(read_shard, path, plan))
+            for path, expected in shards:
+                waiting.append(pool.submit(read_shard, path, plan, expected))
                 # A bounded queue: finished parts wait in memory until it is their turn.
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()

@@ -39,8 +39,11 @@ class ArrayFolderWriter:
         self._arrays: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> ArrayFolderWriter:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir(parents=True)
+        self._temporary.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in self._temporary.parent.glob(f".*.{socket.gethostname()}.*.tmp"):
+            if not _is_running(int(leftover.name.split(".")[-2])):
+                shutil.rmtree(leftover, ignore_errors=True)
+        self._temporary.mkdir()
         return self
 
     def append(self, name: str, rows: np.ndarray) -> None:
@@ -84,6 +87,17 @@ class ArrayFolderWriter:
         for file in self._files.values():
             file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # A leftover of an earlier process that had this process's number.
+    return pid != os.getpid()
 
 
 def read_array_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import CheckpointError
+from spear_lightning.errors import CheckpointError, SpearError
 from spear_lightning.robot_data.dataset import RobotDataset, as_is
 
 WORKER_START = "forkserver"
@@ -55,6 +55,7 @@ class ResumableLoader:
         num_workers: Worker processes; 0 reads in this process.
         prefetch: Batches each worker prepares ahead.
         pin_memory: Whether batches are put into page-locked memory.
+        data: Fingerprint of the data; a state of other data is refused.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class ResumableLoader:
         num_workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
+        data: str = "",
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
+        self._data = data
         self._epoch_batches = epoch_batches
         self._rank, self._world_size = rank, world_size
         self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
@@ -91,22 +94,32 @@ class ResumableLoader:
                 DataLoader(self.dataset, batch_sampler=batches, collate_fn=as_is, **self._options)
             )
         while True:
-            batch = next(self._running)
+            batch = next_batch(self._running)
             self._given += 1
             yield batch
             if self._given % self._epoch_batches == 0:
                 return
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs to continue exactly."""
-        return {"batches": self._given, "global_batch_size": self.batch_size * self._world_size}
+        size = self.batch_size * self._world_size
+        return {"batches": self._given, "global_batch_size": size, "data": self._data}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, also with another number of processes.
 
         Raises:
-            CheckpointError: If the global batch size differs: the stream would be cut into other batches.
+            CheckpointError: If the global batch size or the data differ: it would be another stream.
         """
+        if state["data"] != self._data:
+            raise CheckpointError(
+                "The run to resume was trained on other data",
+                where="data.root",
+                found=f"episodes and frames with fingerprint {self._data}",
+                expected=state["data"],
+                remedy="restore the data as it was (also the index: --verify_images leaves frames out); or start "
+                "a new run from its weights with --model.init_from",
+            )
         own = self.batch_size * self._world_size
         if state["global_batch_size"] != own:
             raise CheckpointError(
@@ -160,4 +173,18 @@ class FiniteLoader:
 
     def __iter__(self) -> Iterator[RobotBatch]:
         """Yield the batches."""
-        yield from self._loader
+        batches = iter(self._loader)
+        for _ in self._batches:
+            yield next_batch(batches)
+
+
+def next_batch(batches: Iterator[RobotBatch]) -> RobotBatch:
+    """Return the next batch; an error of a worker process loses the story of where it was raised."""
+    try:
+        return next(batches)
+    except SpearError as error:
+        # torch puts the worker's traceback before the message.
+        _, mark, message = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")
+        if not mark:
+            raise
+        raise type(error)(message) from None

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spear_lightning.robot_data.chunks import ChunkSpec
-from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_build import ensure_index
 from spear_lightning.robot_data.index_store import default_index_root
 from spear_lightning.robot_data.mixture import SampleStream, Weighting, mixture_shares
@@ -29,6 +28,7 @@ class RobotMixture:
     Args:
         root: Folder that holds NAME/VERSION folders of RLDS data sets.
         weights: Registry id -> weight.
+        chunks: What a chunk of actions is.
         weighting: "per_frame" (weight times frames) or "share" (weight alone).
         holdout: Share of each data set's episodes held out for validation.
         keep_without_instruction: Whether episodes without language are used.
@@ -49,25 +49,25 @@ class RobotMixture:
         self,
         root: str | Path,
         weights: Mapping[str, float],
+        chunks: ChunkSpec,
         weighting: Weighting = "per_frame",
         holdout: float = 0.02,
         keep_without_instruction: bool = False,
         seed: int = 0,
         index_folder: str | Path | None = None,
     ) -> None:
-        self.weights = dict(weights)
+        self.chunks = chunks
         self.seed = seed
         self._index_root = Path(index_folder) if index_folder else default_index_root()
         # All ids are checked before the first index is built.
         entries = [entry_of(dataset) for dataset in weights]
-        folders = [ensure_index(root, entry, index_root=self._index_root) for entry in entries]
+        indexes = [ensure_index(root, entry, index_root=self._index_root) for entry in entries]
         self.training: list[SampleSource] = []
         self.held_out: list[SampleSource] = []
-        for folder in folders:
-            index = EpisodeIndex(folder)
+        for index in indexes:
             kept, held = split_episodes(index, holdout, keep_without_instruction, seed)
-            self.training.append(SampleSource(index, kept))
-            self.held_out.append(SampleSource(index, held))
+            self.training.append(SampleSource(index, kept, chunks))
+            self.held_out.append(SampleSource(index, held, chunks))
         sizes = {dataset: len(source) for dataset, source in zip(weights, self.training, strict=True)}
         self.shares = mixture_shares(weights, sizes, weighting)
 
@@ -80,17 +80,17 @@ class RobotMixture:
         """Return the endless stream of training samples."""
         return SampleStream([len(source) for source in self.training], self.shares, self.seed)
 
-    def statistics(self, chunks: ChunkSpec) -> MixtureStatistics:
+    def fingerprint(self) -> str:
+        """Return a short hash of what is trained on, held out, and how it is mixed."""
+        parts = [source.fingerprint() for source in (*self.training, *self.held_out)]
+        return hashlib.sha256(json.dumps([parts, self.shares.tolist(), self.seed]).encode()).hexdigest()[:16]
+
+    def statistics(self) -> MixtureStatistics:
         """Return the mixture's quantiles: computed once, then read from a file beside the indexes."""
-        identity = [
-            asdict(chunks),
-            [(source.index.folder.name, source.episodes.tolist()) for source in self.training],
-            self.shares.tolist(),
-        ]
-        digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(json.dumps([asdict(self.chunks), self.fingerprint()]).encode()).hexdigest()[:12]
         path = self._index_root / f"statistics-{digest}.json"
         if path.is_file():
             return read_statistics(path)
-        statistics = mixture_statistics(self.training, self.shares, chunks)
+        statistics = mixture_statistics(self.training, self.shares, self.chunks)
         write_statistics(path, statistics)
         return statistics

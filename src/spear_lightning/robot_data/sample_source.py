@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 
 from spear_lightning.errors import ConfigError, DataError
+from spear_lightning.robot_data.chunks import ChunkSpec, frames_ahead
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 
 
@@ -18,18 +19,28 @@ class SampleSource:
     Args:
         index: The data set.
         episodes: int64, ascending, which of its episodes.
+        chunks: What a chunk is: a frame whose first target lies past the end of its episode starts none.
     """
 
-    def __init__(self, index: EpisodeIndex, episodes: np.ndarray) -> None:
+    def __init__(self, index: EpisodeIndex, episodes: np.ndarray, chunks: ChunkSpec) -> None:
         self.index = index
         self.episodes = episodes
-        starts = index.episode_sample_starts
-        self._first = starts[episodes]
-        self._cumulative = np.concatenate([[0], np.cumsum(starts[episodes + 1] - self._first)])
+        self._first = index.episode_sample_starts[episodes]
+        # Samples ascend, so those too close to the end of an episode are its last ones.
+        latest = index.episode_starts[episodes + 1] - 1 - frames_ahead(index.rate_hz, chunks)
+        counts = np.searchsorted(index.samples, latest, side="right") - self._first
+        self._cumulative = np.concatenate([[0], np.cumsum(np.maximum(counts, 0))])
 
     def __len__(self) -> int:
         """Return the number of frames that may start a chunk."""
         return int(self._cumulative[-1])
+
+    def fingerprint(self) -> str:
+        """Return a short hash of which frames these are, wherever the data lies on disk."""
+        digest = hashlib.sha256(self.index.dataset.encode())
+        for part in (self.episodes, self._first, self._cumulative, self.index.episode_starts[self.episodes]):
+            digest.update(np.ascontiguousarray(part, np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def frames(self, samples: np.ndarray) -> np.ndarray:
         """Return the frames, int64, of samples numbered 0 .. len-1."""

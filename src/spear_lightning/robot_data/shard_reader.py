@@ -17,9 +17,6 @@ from spear_lightning.robot_data.registry import DatasetEntry
 from spear_lightning.robot_data.rlds_folder import Feature, RldsFolder
 from spear_lightning.robot_data.tfrecord import read_records
 
-WIDEST_STREAM = 64
-"""Step features of more numbers (e.g. language embeddings) are left out of the index."""
-
 
 @dataclass(frozen=True)
 class ShardPlan:
@@ -28,13 +25,11 @@ class ShardPlan:
     Attributes:
         entry: Conventions of the data set.
         features: Its features by key.
-        streams: Step features that are copied into the index.
         verify_images: Whether every image is decoded (slow), or its first and last bytes are looked at.
     """
 
     entry: DatasetEntry
     features: dict[str, Feature]
-    streams: tuple[str, ...]
     verify_images: bool = False
 
 
@@ -82,14 +77,16 @@ def plan_shards(folder: RldsFolder, entry: DatasetEntry, verify_images: bool = F
             expected=f"step features like those there: {sorted(steps)}",
             remedy="check that it is the right copy of the data set, or the right --dataset",
         )
-    streams = tuple(
-        sorted(key for key, feature in steps.items() if feature.kind == "tensor" and feature.size <= WIDEST_STREAM)
-    )
-    return ShardPlan(entry, folder.features, streams, verify_images)
+    return ShardPlan(entry, folder.features, verify_images)
 
 
-def read_shard(path: Path, plan: ShardPlan) -> ShardPart:
+def read_shard(path: Path, plan: ShardPlan, expected: int) -> ShardPart:
     """Read a shard once.
+
+    Args:
+        path: The TFRecord file.
+        plan: What to read.
+        expected: Episodes that dataset_info.json promises.
 
     A broken episode inside a good shard is skipped and counted; so is a broken frame, whose neighbours stay.
 
@@ -98,6 +95,7 @@ def read_shard(path: Path, plan: ShardPlan) -> ShardPart:
     """
     part = ShardPart({}, [])
     rows: dict[str, list[np.ndarray]] = {}
+    number = -1
     for number, (begin, payload) in enumerate(read_records(path)):
         where = f"{path.name}, episode {number}"
         try:
@@ -108,6 +106,14 @@ def read_shard(path: Path, plan: ShardPlan) -> ShardPart:
         part.instructions.append(instruction)
         for name, values in episode.items():
             rows.setdefault(name, []).append(values)
+    if number + 1 != expected:
+        raise DataError(
+            "A shard does not hold the episodes that dataset_info.json promises",
+            where=path,
+            found=f"{number + 1} episodes",
+            expected=expected,
+            remedy="download this shard again: it may be cut between two episodes",
+        )
     part.arrays = {name: np.concatenate(parts) for name, parts in rows.items()}
     return part
 
@@ -129,19 +135,22 @@ def _read_episode(
     except DataError as error:
         raise _SkippedEpisode("not a tf.train.Example") from error
     entry = plan.entry
-    streams = {key: _numbers(plan.features[key], columns, payload) for key in plan.streams}
+    streams = {key: _numbers(plan.features[key], columns, payload) for key in entry.required_keys()}
     steps = len(streams[entry.position.key])
     if steps == 0:
         raise _SkippedEpisode("no steps")
     if any(len(values) != steps for values in streams.values()):
         raise _SkippedEpisode("features of different length")
-    if not all(np.isfinite(streams[key]).all() for key in entry.required_keys()):
+    if not all(np.isfinite(values).all() for values in streams.values()):
         raise _SkippedEpisode("non-finite state or action")
     # The last step has no motion after it.
     usable_T = (np.arange(steps) >= entry.skip_first_steps) & (np.arange(steps) < steps - 1)
     rows: dict[str, np.ndarray] = {f"stream/{key}": values for key, values in streams.items()}
-    with np.errstate(invalid="ignore", divide="ignore"):
-        rows["pose"] = canonical_pose(entry, streams)
+    try:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rows["pose"] = canonical_pose(entry, streams)
+    except DataError as error:
+        raise _SkippedEpisode("matrices that are no poses") from error
     if not np.isfinite(rows["pose"]).all():
         raise _SkippedEpisode("rotation that is none (zero quaternion or matrix)")
     for name, camera in entry.cameras.items():
@@ -180,7 +189,10 @@ def _numbers(feature: Feature, columns: dict[str, Column], payload: memoryview) 
         if feature.encoding not in ("zlib", "bytes"):
             raise _SkippedEpisode(f"feature {feature.key} holds bytes")
         raw = [column.take(payload, index) for index in range(len(column))]
-        decoded = [zlib.decompress(item) for item in raw] if feature.encoding == "zlib" else raw
+        try:
+            decoded = [zlib.decompress(item) for item in raw] if feature.encoding == "zlib" else raw
+        except zlib.error as error:
+            raise _SkippedEpisode(f"feature {feature.key} cannot be decompressed") from error
         column = np.frombuffer(b"".join(decoded), np.dtype(feature.dtype).newbyteorder("<"))
     if feature.size == 0 or len(column) % feature.size:
         raise _SkippedEpisode(f"feature {feature.key} has {len(column)} numbers in all")

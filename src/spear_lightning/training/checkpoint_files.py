@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -93,7 +94,19 @@ class RunCheckpoint(ModelCheckpoint):
         self._save_if_new(trainer)
 
     def _save_if_new(self, trainer: L.Trainer) -> None:
+        if self._last_global_step_saved == trainer.global_step:
+            return
         step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)
         path = self.format_checkpoint_name({"step": step, "epoch": epoch})
-        if not Path(path).exists():
-            trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path)
+        self._last_global_step_saved = trainer.global_step
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the largest step in a folder, by name; of equal ones the youngest file."""
+
+    def age(path: Path) -> tuple[int, int]:
+        step = re.search(r"step_(\d+)", path.name)
+        return int(step[1]) if step else -1, path.stat().st_mtime_ns
+
+    return max(folder.glob("*.ckpt"), key=age, default=None)

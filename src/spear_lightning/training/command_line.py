@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import sys
 import warnings
@@ -11,19 +12,23 @@ from typing import Any
 
 import lightning as L
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from spear_lightning.errors import CheckpointError, SpearError
+from spear_lightning.errors import CheckpointError, ConfigError, SpearError
 from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
-from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO
+from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, newest_checkpoint
 from spear_lightning.training.configuration import KEPT_SECTIONS
 from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.prediction_writer import PredictionWriter
 from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
 log = logging.getLogger(__name__)
+
+MACHINE_OPTIONS = ("accelerator", "devices", "num_nodes", "strategy")
+"""Options of the trainer that belong to a machine."""
 
 
 class SpearCLI(LightningCLI):
@@ -61,12 +66,24 @@ class SpearCLI(LightningCLI):
             trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+                callback.dirpath = str(self._checkpoint_folder_of(trainer))
         return trainer
+
+    @staticmethod
+    def _checkpoint_folder_of(trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir).absolute() / "checkpoints"
+
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return self._checkpoint_folder_of(self.trainer)
 
     def after_instantiate_classes(self) -> None:
         """Hand the resolved configuration to the module and find the checkpoint to start from."""
         self._dump_config()
+        # A checkpoint must find its data from any working directory.
+        data = self.config_dump.get("data", {}).get("init_args", {})
+        if data.get("root") is not None:
+            data["root"] = str(Path(data["root"]).expanduser().absolute())
         options = self.config_init[self.subcommand]
         options["ckpt_path"] = self._resolve_checkpoint(options.get("ckpt_path"))
         if self.subcommand == "fit" and options["ckpt_path"] is not None:
@@ -86,14 +103,21 @@ class SpearCLI(LightningCLI):
                     where="--ckpt_path",
                     expected="a file, or `last` for the newest of the run's folder",
                 )
+            there = newest_checkpoint(self._checkpoint_folder)
+            if there is not None:
+                raise ConfigError(
+                    "The run's folder already holds a run",
+                    where="--trainer.default_root_dir",
+                    found=there,
+                    remedy="continue it with --ckpt_path last, or name another folder",
+                )
             return None
         if path == "last":
-            folders = {callback.dirpath for callback in self.trainer.checkpoint_callbacks}  # type: ignore[attr-defined]
-            files = [file for folder in folders if folder for file in Path(folder).glob("*.ckpt")]
-            if not files and self.subcommand == "fit":
-                log.warning("There is no checkpoint in %s yet: starting a new run", sorted(folders))
+            newest = newest_checkpoint(self._checkpoint_folder)
+            if newest is None and self.subcommand == "fit":
+                log.warning("There is no checkpoint in %s yet: starting a new run", self._checkpoint_folder)
                 return None
-            path = str(max(files, key=lambda file: file.stat().st_mtime_ns, default="last"))
+            path = str(newest or self._checkpoint_folder / "last")
         if not Path(path).exists():
             raise CheckpointError(
                 "There is no such checkpoint", where="--ckpt_path", found=path, remedy="check the path"
@@ -116,6 +140,12 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
     known, _ = parser.parse_known_args(arguments[1:])
     if known.config is not None or known.ckpt_path is None or arguments[0] == "fit":
         return arguments
+    if known.ckpt_path == "last":
+        raise CheckpointError(
+            "`last` is the newest checkpoint of a run's folder, and no run was named",
+            where="--ckpt_path",
+            remedy="give the file, or the run's --config",
+        )
     run = read_checkpoint(known.ckpt_path)["spear"].get("run")
     if run is None:
         raise CheckpointError(
@@ -123,7 +153,14 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
             where=known.ckpt_path,
             remedy="give --config",
         )
-    kept = {key: run[key] for key in KEPT_SECTIONS if key in run}
+    kept = copy.deepcopy({key: run[key] for key in KEPT_SECTIONS if key in run})
+    # The machine the run was trained on is not this one.
+    for key in MACHINE_OPTIONS:
+        kept.get("trainer", {}).pop(key, None)
+    # The tokenizer comes out of the checkpoint: the one that is named may need a network.
+    policy = kept.get("model", {}).get("init_args", {}).get("policy", {})
+    if "prompt" in policy.get("init_args", {}):
+        policy["init_args"]["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
     # Where a file is expected, jsonargparse takes the content itself too.
     return [arguments[0], "--config", yaml.safe_dump(kept), *arguments[1:]]
 
@@ -160,6 +197,8 @@ def main(arguments: list[str]) -> int:
             # Lightning warns when it is given arguments beside those of the process, even if they are the same.
             args=None if arguments == sys.argv[1:] else arguments,
         )
+    except MisconfigurationException as error:
+        raise ConfigError("The trainer cannot be set up like this", where="trainer", found=error) from error
     except (TypeError, ValueError) as error:
         # jsonargparse wraps what a constructor raises in the story of everything it tried.
         explained = explained_cause(error)

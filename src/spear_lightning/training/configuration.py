@@ -8,7 +8,15 @@ from typing import Any
 KEPT_SECTIONS = ("seed_everything", "model", "data", "trainer")
 """Top-level keys of a configuration that a checkpoint keeps."""
 
-COMPARED_TRAINER_KEYS = ("precision", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "strategy")
+COMPARED_TRAINER_KEYS = (
+    "precision",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "overfit_batches",
+)
 """Trainer options that change the course of training; the others (logging, devices, folders) may differ."""
 
 COMPARED_CALLBACKS = ("FreezeSchedule", "ExponentialMovingAverage")

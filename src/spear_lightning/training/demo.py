@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     Returns:
         Exit status 0; errors are raised.
     """
+    from spear_lightning.training.checkpoint_files import newest_checkpoint
+
     parser = argparse.ArgumentParser(prog="spear demo", description=__doc__)
     parser.add_argument(
         "--data", help="data root with a bridge_dataset folder; default: episodes made on the spot"
@@ -59,7 +61,9 @@ def main(arguments: list[str]) -> int:
             f"--trainer.max_steps={options.steps}",
         )
         run = folder / RUN
-        checkpoint = max((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        checkpoint = newest_checkpoint(run / "checkpoints")
+        if checkpoint is None:
+            raise SpearError("The training left no checkpoint", where=run / "checkpoints")
         say(f"3/4  predicting held-out action chunks in a fresh process from {checkpoint.name} alone")
         spear(folder, "predict", f"--ckpt_path={checkpoint}")
     say("4/4  what was learnt")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 
+from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import ConfigError
 from spear_lightning.policy import PolicyInterface
 from spear_lightning.robot_data.chunks import ChunkSpec
@@ -58,6 +60,19 @@ class RobotDataModule(L.LightningDataModule):
         index_folder: str | None = None,
     ) -> None:
         super().__init__()
+        smallest = {"batch_size": 1, "validation_samples": 1, "num_workers": 0, "prefetch": 1}
+        given = {"batch_size": batch_size, "validation_samples": validation_samples}
+        given |= {"num_workers": num_workers, "prefetch": prefetch}
+        if validation_batch_size is not None:
+            smallest["validation_batch_size"], given["validation_batch_size"] = 1, validation_batch_size
+        for name, value in given.items():
+            if value < smallest[name]:
+                raise ConfigError(
+                    "A number of the data module is too small",
+                    where=f"data.{name}",
+                    found=value,
+                    expected=f"at least {smallest[name]}",
+                )
         self.root = root
         self.weights = mixture
         self.cameras = cameras
@@ -82,7 +97,7 @@ class RobotDataModule(L.LightningDataModule):
     @property
     def statistics(self) -> MixtureStatistics:
         """Quantiles of the mixture; computed on first use, then cached beside the indexes."""
-        return self.open_mixture().statistics(self.chunks)
+        return self.open_mixture().statistics()
 
     def open_mixture(self) -> RobotMixture:
         """Open the data sets; builds missing indexes."""
@@ -90,6 +105,7 @@ class RobotDataModule(L.LightningDataModule):
             self._mixture = RobotMixture(
                 self.root,
                 self.weights,
+                self.chunks,
                 self.weighting,
                 self.holdout,
                 self.keep_without_instruction,
@@ -126,7 +142,12 @@ class RobotDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             prefetch=self.prefetch,
             pin_memory=self._pin_memory,
+            data=mixture.fingerprint(),
         )
+
+    def transfer_batch_to_device(self, batch: RobotBatch, device: torch.device, dataloader_idx: int) -> RobotBatch:
+        """Copy a batch; from page-locked memory the copy overlaps with computation."""
+        return batch.to(device, non_blocking=True)
 
     def val_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the loader of held-out samples; none if nothing is held out."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from spear_lightning.batches import RobotBatch
+from spear_lightning.errors import CheckpointError
 from spear_lightning.geometry import quaternions
+from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy import Policy, describe_policy
 from spear_lightning.policy.checkpoint import (
     check_policy_weights,
@@ -104,13 +106,34 @@ class VLAModule(SpearModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and stage == "fit" and not self.resuming:
-            data.statistics.apply_to(self.policy.normalizer)
+            statistics = data.statistics
+            statistics.apply_to(self.policy.normalizer)
+            log.info(
+                "Translations are normalised from %s..%s m to [-1, 1], as this run's data has them",
+                statistics.translation_low,
+                statistics.translation_high,
+            )
         if data is not None and self.policy.interface is None:
             self.policy.interface = data.interface
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another configuration; say clearly when the architecture differs."""
+        """Refuse another configuration, other cameras or chunks, another architecture; take the tokenizer.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit.
+        """
         super().on_load_checkpoint(checkpoint)
+        spear = checkpoint["spear"]
+        own = self.policy.interface.to_dict() if self.policy.interface else None
+        if own is not None and own != spear["interface"]:
+            raise CheckpointError(
+                "The data does not show and ask for what the policy was trained on",
+                where="data.cameras, data.chunks",
+                found=own,
+                expected=spear["interface"],
+                remedy="leave --config out, so that the checkpoint's own configuration is taken",
+            )
+        self.policy.prompt = PromptTokenizer.from_json(spear["tokenizer"])
         check_policy_weights(self.policy, policy_weights(checkpoint, "raw"), where="--ckpt_path")
 
     def on_fit_start(self) -> None:
@@ -158,9 +181,8 @@ class VLAModule(SpearModule):
 
     def _log_errors(self, predicted_BH8: Tensor, batch: RobotBatch) -> None:
         errors = chunk_errors(predicted_BH8, batch.actions, batch.action_mask)
+        # Every sample has a valid target, so every process logs.
         valid = int(batch.action_mask.sum())
-        if valid == 0:
-            return
         self.log_dict(
             {f"val/{name}": value for name, value in errors.items()},
             batch_size=valid,

@@ -46,7 +46,7 @@ class InOrder:
 def main() -> int:
     options = parse_arguments()
     start = time.perf_counter()
-    mixture = RobotMixture(options.data, {"bridge": 1.0}, holdout=0.0, index_folder=options.index)
+    mixture = RobotMixture(options.data, {"bridge": 1.0}, ChunkSpec(), holdout=0.0, index_folder=options.index)
     opened_s = time.perf_counter() - start
     result: dict[str, Any] = {"opened_s": opened_s, "samples": mixture.num_samples}
     if options.task == "load":

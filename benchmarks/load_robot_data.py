@@ -220,8 +220,8 @@ def ratios(ours: Contender, tfdata: Contender, limit: Contender) -> list[str]:
     return [
         f"Ours / tf.data: {text}. The goal of {GOAL:g}x is {'met' if ratio >= GOAL else 'not met'}.",
         f"Ours / decode and resize alone: {share_text}; that is {100 * (1 - share):.0f} % below this limit.",
-        f"Decode and resize alone / tf.data: {paired(limit, tfdata)[1]}: more than a loader that decodes and resizes "
-        "like this can reach.",
+        f"Decode and resize alone / tf.data: {paired(limit, tfdata)[1]}: more than a loader that decodes and "
+        "resizes like this can reach.",
     ]
 
 

@@ -241,6 +241,13 @@ def test_resize_equals_pil_bilinear_antialiased() -> None:
     assert np.abs(ours - theirs).max() <= 1
 
 
+def test_resizing_keeps_channels_last() -> None:
+    # Planes would cost three times the resize and a transposition.
+    picture = np.zeros((256, 256, 3), np.uint8)
+    for camera in (CameraSpec(280, 210), CameraSpec(112, 112), CameraSpec(112, 84, "pad")):
+        assert fit_image(picture, camera).stride()[0] == 1, camera
+
+
 def test_camera_sizes_must_be_whole_patches() -> None:
     with pytest.raises(ConfigError, match="280"):
         CameraSpec(282, 210)

@@ -112,14 +112,14 @@ def fit_image(image_HW3: np.ndarray, camera: CameraSpec) -> Tensor:
     cut = image_HW3[source.top : source.top + source.height, source.left : source.left + source.width]
     # torch resizes channels-last uint8 about three times as fast as planes, if it recognises it: rows must follow
     # one another, and the stride of the batch dimension must say so too.
-    pixels = torch.from_numpy(np.ascontiguousarray(cut)[None]).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.ascontiguousarray(cut)).unsqueeze(0).permute(0, 3, 1, 2)
     if (source.height, source.width) != (target.height, target.width):
         pixels = torch.nn.functional.interpolate(
             pixels, size=(target.height, target.width), mode="bilinear", antialias=True, align_corners=False
         )
     if (target.height, target.width) == (camera.height, camera.width):
         return pixels[0]
-    padded = torch.zeros((1, 3, camera.height, camera.width), dtype=torch.uint8)
+    padded = torch.zeros((1, camera.height, camera.width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     rows = slice(target.top, target.top + target.height)
     padded[:, :, rows, target.left : target.left + target.width] = pixels
     return padded[0]

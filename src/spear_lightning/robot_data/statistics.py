@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -23,19 +22,6 @@ BIN_M = 2e-5
 
 _BINS = round(2 * RANGE_M / BIN_M)
 _AT_ONCE = 1 << 15
-
-
-class TakesStatistics(Protocol):
-    """What statistics can be applied to: a normaliser."""
-
-    def fit(
-        self,
-        translation_low: Sequence[float],
-        translation_high: Sequence[float],
-        position_low: Sequence[float],
-        position_high: Sequence[float],
-    ) -> None:
-        """Set the statistics."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +41,6 @@ class MixtureStatistics:
     position_low: list[float]
     position_high: list[float]
     samples: dict[str, int]
-
-    def apply_to(self, normalizer: TakesStatistics) -> None:
-        """Fit a normaliser."""
-        normalizer.fit(self.translation_low, self.translation_high, self.position_low, self.position_high)
 
 
 def mixture_statistics(

@@ -107,7 +107,12 @@ class VLAModule(SpearModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and stage == "fit" and not self.resuming:
             statistics = data.statistics
-            statistics.apply_to(self.policy.normalizer)
+            self.policy.normalizer.fit(
+                statistics.translation_low,
+                statistics.translation_high,
+                statistics.position_low,
+                statistics.position_high,
+            )
             log.info(
                 "Translations are normalised from %s..%s m to [-1, 1], as this run's data has them",
                 statistics.translation_low,

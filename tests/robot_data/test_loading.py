@@ -193,6 +193,17 @@ def test_statistics_equal_numpy_quantiles(mixture: RobotMixture) -> None:
     assert mixture.statistics() == statistics
 
 
+def test_statistics_of_other_chunks_are_others(mixture: RobotMixture, demo_root: Path, tmp_path: Path) -> None:
+    options = {"holdout": 0.2, "index_folder": tmp_path}
+    per_step = RobotMixture(demo_root, {"bridge": 1.0}, ChunkSpec(mode="per_step"), **options).statistics()
+    cumulative = RobotMixture(demo_root, {"bridge": 1.0}, ChunkSpec(), **options).statistics()
+    assert cumulative == mixture.statistics()
+    # A step is shorter than what five steps add up to; positions do not depend on the chunk.
+    spans = [np.subtract(s.translation_high, s.translation_low) for s in (per_step, cumulative)]
+    assert (spans[0] < spans[1]).all()
+    assert per_step.position_high == cumulative.position_high
+
+
 def test_statistics_weigh_data_sets_as_the_mixture_does(mixture: RobotMixture) -> None:
     from spear_lightning.robot_data.statistics import mixture_statistics
 

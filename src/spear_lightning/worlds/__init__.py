@@ -1,0 +1,1 @@
+"""Worlds that a policy acts in, for demonstrations, ground truth and closed-loop evaluation."""

@@ -36,6 +36,10 @@ class CameraPose:
     position_m: np.ndarray
     rotation: np.ndarray
 
+    def copy(self) -> CameraPose:
+        """Return a pose that stays what it is when the simulation writes into the arrays of this one."""
+        return CameraPose(self.position_m.copy(), self.rotation.copy())
+
     def same_as(self, other: CameraPose | None) -> bool:
         """Return whether both are the same to the last bit."""
         return (

@@ -15,6 +15,11 @@ VERBS = {
     "test": ("measure a checkpoint on test data", "training.command_line"),
     "predict": ("sample action chunks from a checkpoint", "training.command_line"),
     "data": ("index and inspect robot data sets:  spear data index PATH", "robot_data.commands"),
+    "data tabletop": (
+        "write demonstrations and labelled images of the tabletop world",
+        "worlds.tabletop.commands",
+    ),
+    "eval": ("success rates in closed loop:  spear eval --checkpoint FILE", "evaluation.commands"),
     "demo": ("index, train and predict on a small data set made on the spot", "training.demo"),
 }
 """Verb -> what it does, and the module whose `main(arguments) -> int` does it."""
@@ -24,7 +29,7 @@ TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
 def usage() -> str:
     """Return the text of `spear --help`."""
-    rows = "\n".join(f"  {verb:<10}{about}" for verb, (about, _) in VERBS.items())
+    rows = "\n".join(f"  {verb:<15}{about}" for verb, (about, _) in VERBS.items())
     return (
         f"spear-lightning {__version__}: SPEAR-1 on PyTorch Lightning\n\n"
         f"usage: spear VERB [OPTIONS]      (spear VERB --help explains a verb's options)\n\n{rows}\n"
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         sys.stdout.write(f"{__version__}\n")
         return 0
-    verb = given[0]
+    verb = next((name for count in (2, 1) if (name := " ".join(given[:count])) in VERBS), given[0])
     if verb not in VERBS:
         import difflib
 
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     run: Callable[[list[str]], int] = import_module(f"spear_lightning.{VERBS[verb][1]}").main
     try:
-        return run(given if verb in TRAINER_VERBS else given[1:])
+        return run(given if verb in TRAINER_VERBS else given[len(verb.split()) :])
     except SpearError as error:
         sys.stderr.write(f"spear {verb}: {error}\n")
         return 1

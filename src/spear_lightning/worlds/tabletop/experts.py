@@ -51,7 +51,7 @@ class Manner:
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Manner:
         """Draw a manner."""
-        astray = rng.random() < 0.3
+        astray = rng.random() < 0.15
         return cls(
             speed_m=rng.uniform(0.035, 0.055),
             turn_radians=rng.uniform(0.25, 0.45),
@@ -76,6 +76,11 @@ class Expert:
         plan = _PLANS[world.task.name]
         self._plan = plan(Hand(world, Manner.draw(rng)))
         self._last = np.append(world.gripper.target, OPEN)
+
+    @property
+    def openness(self) -> float:
+        """Openness that was last commanded."""
+        return float(self._last[7])
 
     def act(self) -> np.ndarray:
         """Return the target of the next control step, float64 (8,); after the plan's end it holds still."""
@@ -209,7 +214,7 @@ class Hand:
 
 
 def grasp_yaws(grasp: Grasp, object_yaw: float, tool_yaw: float) -> list[float]:
-    """Return the yaws of the tool that make a grasp: the fingers may be swapped, a round object leaves the choice."""
+    """Return the tool's yaws that make a grasp: fingers may be swapped; a round object leaves the choice."""
     if grasp.any_yaw:
         return [tool_yaw]
     return [wrapped(object_yaw + grasp.yaw + swap) for swap in (0.0, np.pi)]

@@ -1,7 +1,7 @@
 """A random scene: which objects lie where, the cameras, the light and the materials; compiled into a MuJoCo model.
 
-World frame = the robot's base frame: z up with the table top at z = 0, x forward away from the robot, y to its left.
-Lengths in metres, angles in radians.
+World frame = the robot's base frame: z up with the table top at z = 0, x forward away from the robot, y to its
+left. Lengths in metres, angles in radians.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tasks, from easy to hard: what lies on the table, what the robot is told, and one test of success each.
 
-Success is judged from the state of the physics alone. The first object of a task is the one to be moved or touched,
-the second, if any, the one it is put on.
+Success is judged from the state of the physics alone. The first object of a task is the one to be moved or
+touched, the second, if any, the one it is put on.
 """
 
 from __future__ import annotations

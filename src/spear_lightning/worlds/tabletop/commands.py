@@ -1,0 +1,83 @@
+"""`spear data tabletop`: demonstrations and labelled images of the embedded world."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.worlds.tabletop.demonstrations import IMAGE_SIZES, DemonstrationPlan, write_demonstrations
+from spear_lightning.worlds.tabletop.tasks import TASKS
+
+
+def main(arguments: list[str]) -> int:
+    """Run `spear data tabletop`.
+
+    Args:
+        arguments: What follows `data tabletop`.
+
+    Returns:
+        Exit status 0; errors are raised.
+
+    Raises:
+        ConfigError: If nothing was asked for, or an option is wrong.
+    """
+    _run(_parser().parse_args(arguments))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spear data tabletop", description=__doc__)
+    parser.add_argument("--out", required=True, help="data root: the data set goes to OUT/tabletop/1.0.0")
+    parser.add_argument("--episodes", type=int, default=0, help="demonstrations of the scripted experts")
+    parser.add_argument(
+        "--labelled_images", type=int, default=0, help="images with exact 3D labels, to OUT/labels"
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", default=list(TASKS), help=f"episodes take turns (default: {' '.join(TASKS)})"
+    )
+    parser.add_argument(
+        "--cameras",
+        nargs="+",
+        default=[f"{name}={width}x{height}" for name, (width, height) in IMAGE_SIZES.items()],
+        help="NAME=WIDTHxHEIGHT of primary, secondary, wrist (default: %(default)s)",
+    )
+    parser.add_argument("--distractors", nargs=2, type=int, default=[1, 2], help="fewest, most (default: 1 2)")
+    parser.add_argument("--seed", type=int, default=0, help="two runs with one seed write the same bytes")
+    parser.add_argument("--processes", type=int, help="default: one per core")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.episodes < 1 and options.labelled_images < 1:
+        raise ConfigError("There is nothing to write", expected="--episodes N, --labelled_images N, or both")
+    sizes = dict(camera_size(text) for text in options.cameras)
+    fewest, most = options.distractors
+    out, console = Path(options.out), Console()
+    if options.episodes:
+        plan = DemonstrationPlan(options.episodes, tuple(options.tasks), sizes, options.seed, (fewest, most))
+        folder = write_demonstrations(out, plan, options.processes)
+        console.print(f"{options.episodes} demonstrations: {folder}", soft_wrap=True)
+    if options.labelled_images:
+        from spear_lightning.worlds.tabletop.labelled_images import write_labelled_images
+
+        folder = out / "labels"
+        write_labelled_images(folder, options.labelled_images, options.seed, sizes["primary"], options.processes)
+        console.print(f"{options.labelled_images} labelled images: {folder}", soft_wrap=True)
+
+
+def camera_size(text: str) -> tuple[str, tuple[int, int]]:
+    """Parse NAME=WIDTHxHEIGHT.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    name, _, size = text.partition("=")
+    width, _, height = size.partition("x")
+    if not (name and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(
+            "A camera's size cannot be understood", where="--cameras", found=text, expected="NAME=WxH"
+        )
+    return name, (int(width), int(height))

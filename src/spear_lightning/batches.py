@@ -56,6 +56,10 @@ class RobotBatch:
                 changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
         return replace(self, **changed)  # type: ignore[arg-type]
 
+    def with_images(self, images: dict[str, Tensor]) -> RobotBatch:
+        """Return the batch with other pixels."""
+        return replace(self, images=images)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RobotBatch:
         """Return the batch with its tensors on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +297,24 @@ def test_a_batch_moves_whole(policy: Policy) -> None:
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert isinstance(batch, RobotBatch)
     assert len(batch) == 1
+
+
+def test_flow_samples_share_a_prefix_but_count_like_samples(policy: Policy) -> None:
+    batch = policy.observe(
+        {"primary": np.full((28, 42, 3), 90, np.uint8)}, "go", np.array([0.3, 0, 0.1, 0, 0, 0, 1, 1])
+    )
+    batch = replace(batch, actions=torch.tensor([[[0.02, -0.01, 0.0, 0.0, 0.0, 0.1, 0.995, 1.0]] * 5]))
+    thrice = RobotBatch(
+        images={name: pixels.repeat(3, 1, 1, 1) for name, pixels in batch.images.items()},
+        image_mask={name: mask.repeat(3) for name, mask in batch.image_mask.items()},
+        instructions=batch.instructions * 3,
+        state=batch.state.repeat(3, 1),
+        actions=batch.actions.repeat(3, 1, 1),
+        action_mask=batch.action_mask.repeat(3, 1),
+        dataset=batch.dataset.repeat(3),
+        position=batch.position.repeat(3),
+    )
+    shared = policy.losses(batch, torch.Generator().manual_seed(5), flow_samples=3)
+    repeated = policy.losses(thrice, torch.Generator().manual_seed(5))
+    for name, value in repeated.items():
+        torch.testing.assert_close(shared[name], value, atol=1e-5, rtol=1e-5)

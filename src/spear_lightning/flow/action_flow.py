@@ -206,6 +206,7 @@ class ActionFlow:
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         num_steps: int | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Integrate a velocity field from noise to actions by Euler steps.
 
@@ -215,6 +216,7 @@ class ActionFlow:
             generator: Source of the noise, on `device`.
             device: Where to compute.
             num_steps: Euler steps K, at times 0, 1/K, ... (K - 1)/K; `None` takes the flow's own.
+            noise: Where to start, (B, H, A) on `device`; `None` draws it.
 
         Returns:
             float32 (B, H, 8) normalised actions with unit quaternions xyzw, w >= 0.
@@ -223,7 +225,7 @@ class ActionFlow:
             ConfigError: If there is no step.
         """
         steps = self.num_steps if num_steps is None else _check_steps(num_steps)
-        state_BHA = self.noise(shape, generator, device)
+        state_BHA = self.noise(shape, generator, device) if noise is None else noise
         for index in range(steps):
             tau_B = state_BHA.new_full((shape[0],), index / steps)
             velocity_BHA = velocity(state_BHA, tau_B).float()

@@ -31,6 +31,16 @@ class Prefix:
     mask: Tensor | None
     positions: Tensor
 
+    def repeated(self, times: int) -> Prefix:
+        """Return the prefix of a batch in which every sample stands `times` times, one after the other."""
+        if times == 1:
+            return self
+        return Prefix(
+            [KeyValue(*(part.repeat_interleave(times, dim=0) for part in pair)) for pair in self.key_values],
+            None if self.mask is None else self.mask.repeat_interleave(times, dim=0),
+            self.positions.repeat_interleave(times, dim=0) if len(self.positions) > 1 else self.positions,
+        )
+
 
 class SpearVLA(nn.Module):
     """SPEAR-1: images, instruction, state and a noisy action chunk -> velocity of the chunk.

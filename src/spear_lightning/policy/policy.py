@@ -114,27 +114,37 @@ class Policy(nn.Module):
             actions=self.normalizer.normalize_actions(batch.actions),
         )
 
-    def losses(self, batch: RobotBatch, generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(self, batch: RobotBatch, generator: torch.Generator, flow_samples: int = 1) -> dict[str, Tensor]:
         """Return the flow-matching loss of a batch and its parts (scalars, float32).
 
         Args:
             batch: Samples in physical units.
             generator: Source of noise and time, on the batch's device.
+            flow_samples: Draws of noise and time for every sample; they share one pass over its prefix, which is
+                nearly all of the work, and make the gradient less noisy.
         """
         inputs = self.prepare(batch)
-        sample = self.flow.sample_path(inputs.actions, generator)
+        sample = self.flow.sample_path(_repeated(inputs.actions, flow_samples), generator)
         prefix = self.vla.encode_prefix(inputs.images, inputs.image_mask, inputs.input_ids, inputs.text_mask)
-        velocity_BHA = self.vla.velocity(prefix, inputs.state, sample.noisy, sample.tau)
-        return self.flow.losses(velocity_BHA, sample, batch.action_mask)
+        state = _repeated(inputs.state, flow_samples)
+        velocity_BHA = self.vla.velocity(prefix.repeated(flow_samples), state, sample.noisy, sample.tau)
+        return self.flow.losses(velocity_BHA, sample, _repeated(batch.action_mask, flow_samples))
 
     @torch.no_grad()
-    def sample_chunk(self, batch: RobotBatch, generator: torch.Generator, num_steps: int | None = None) -> Tensor:
+    def sample_chunk(
+        self,
+        batch: RobotBatch,
+        generator: torch.Generator | None,
+        num_steps: int | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """Sample one action chunk for every sample of a batch.
 
         Args:
             batch: Observations; of the actions only the horizon is used.
             generator: Source of the initial noise, on the batch's device.
             num_steps: Euler steps; `None` takes the flow's own.
+            noise: Initial noise (B, H, A) instead of the generator's, e.g. `flow.noise` of each sample's own seed.
 
         Returns:
             float32 (B, H, 8) in physical units, gripper clamped to [0, 1].
@@ -147,7 +157,7 @@ class Policy(nn.Module):
 
         shape = (batch.actions.shape[0], batch.actions.shape[1])
         device = batch.state.device
-        actions_BH8 = self.flow.sample(velocity, shape, generator=generator, device=device, num_steps=num_steps)
+        actions_BH8 = self.flow.sample(velocity, shape, generator, device, num_steps, noise)
         actions_BH8 = self.normalizer.unnormalize_actions(actions_BH8)
         pose, gripper = actions_BH8.split([7, 1], dim=-1)
         return torch.cat([pose, gripper.clamp(0, 1)], dim=-1)
@@ -260,3 +270,7 @@ def canonical_state(state: np.ndarray) -> Tensor:
         )
     quaternion = quaternions.canonicalize(quaternions.normalize(quaternion))
     return torch.cat([position, quaternion, gripper.clamp(0, 1)])
+
+
+def _repeated(tensor_B: Tensor, times: int) -> Tensor:
+    return tensor_B if times == 1 else tensor_B.repeat_interleave(times, dim=0)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
+    from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.optimizer import OptimizerRecipe
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.tracking import MLflowRunLogger
@@ -23,6 +24,7 @@ _HOMES = {
     "ExponentialMovingAverage": "ema",
     "FirstValidation": "first_validation",
     "FreezeSchedule": "freeze_schedule",
+    "ImageAugmentation": "image_augmentation",
     "MLflowRunLogger": "tracking",
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
@@ -36,6 +38,7 @@ __all__ = [
     "ExponentialMovingAverage",
     "FirstValidation",
     "FreezeSchedule",
+    "ImageAugmentation",
     "MLflowRunLogger",
     "OptimizerRecipe",
     "Phase",

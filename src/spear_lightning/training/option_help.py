@@ -25,6 +25,7 @@ EXPLAINED = {
     "--model...vlm...encoders.NAME.init_args (alternative)": "spear_lightning.models.Dinov2Encoder",
     "--model...vlm...fusion.init_args": "spear_lightning.models.MeanFusion",
     "--model...vla...expert.init_args": "spear_lightning.models.ActionExpert",
+    "--model.init_args.augmentation.init_args": "spear_lightning.training.ImageAugmentation",
     "--data.init_args": "spear_lightning.training.RobotDataModule",
     "--data...chunks": "spear_lightning.robot_data.chunks.ChunkSpec",
     "--data...cameras.NAME": "spear_lightning.robot_data.images.CameraSpec",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-TRAIN, VALIDATE, PREDICT = 0, 1, 2
+TRAIN, VALIDATE, PREDICT, AUGMENT = 0, 1, 2, 3
 """Streams: what the numbers are for."""
 
 
@@ -14,7 +14,7 @@ def generator_at(seed: int, stream: int, step: int, rank: int, device: torch.dev
 
     Args:
         seed: The run's seed.
-        stream: One of TRAIN, VALIDATE, PREDICT.
+        stream: One of TRAIN, VALIDATE, PREDICT, AUGMENT.
         step: Index of the batch within the stream.
         rank: Global rank of the process.
         device: Where the numbers are needed.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import CheckpointError
+from spear_lightning.errors import CheckpointError, ConfigError
 from spear_lightning.geometry import quaternions
 from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy import Policy, describe_policy
@@ -21,8 +21,9 @@ from spear_lightning.policy.checkpoint import (
     read_checkpoint,
 )
 from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.image_augmentation import ImageAugmentation
 from spear_lightning.training.optimizer import OptimizerRecipe
-from spear_lightning.training.random_streams import PREDICT, TRAIN, VALIDATE, generator_at
+from spear_lightning.training.random_streams import AUGMENT, PREDICT, TRAIN, VALIDATE, generator_at
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class VLAModule(SpearModule):
         init_from: Checkpoint of a policy to take weights from (averaged ones where it has them); only at the
             start of a new run.
         validation_steps: Euler steps when sampling on validation; `null` takes the flow's own number.
+        flow_samples: Draws of noise and flow time for every sample of a training batch (see `Policy.losses`).
+        augmentation: Changes camera images in training; `null` leaves them as they are.
     """
 
     def __init__(
@@ -62,10 +65,21 @@ class VLAModule(SpearModule):
         seed: int = 0,
         init_from: str | None = None,
         validation_steps: int | None = None,
+        flow_samples: int = 1,
+        augmentation: ImageAugmentation | None = None,
     ) -> None:
         super().__init__(recipe, seed, init_from)
+        if flow_samples < 1:
+            raise ConfigError(
+                "A sample needs a draw of noise",
+                where="model.flow_samples",
+                found=flow_samples,
+                expected="1 or more",
+            )
         self.policy = policy
         self.validation_steps = validation_steps
+        self.flow_samples = flow_samples
+        self.augmentation = augmentation
 
     @property
     def components(self) -> nn.Module:
@@ -148,6 +162,8 @@ class VLAModule(SpearModule):
     def training_step(self, batch: RobotBatch, batch_index: int) -> Tensor:
         """Return the loss of one batch."""
         step = self.trainer.fit_loop.total_batch_idx
+        if self.augmentation is not None:
+            batch = self.augmentation(batch, generator_at(self.seed, AUGMENT, step, self.global_rank, self.device))
         losses = self._losses(batch, "train", TRAIN, step)
         return losses["total"]
 
@@ -169,7 +185,7 @@ class VLAModule(SpearModule):
 
     def _losses(self, batch: RobotBatch, stage: str, stream: int, step: int) -> dict[str, Tensor]:
         generator = generator_at(self.seed, stream, step, self.global_rank, self.device)
-        losses = self.policy.losses(batch, generator)
+        losses = self.policy.losses(batch, generator, self.flow_samples if stage == "train" else 1)
         named = {f"{stage}/{'loss' if name == 'total' else name}": value for name, value in losses.items()}
         validating = stage != "train"
         for name, value in named.items():

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from vla_eval.specs import check_specs
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.evaluation.harness import (
+    check_plan,
+    describe_server,
+    evaluate_policy,
+    evaluate_scripted,
+    harness_config,
+    read_episodes,
+    weights_digest,
+)
+from spear_lightning.evaluation.protocol import EvalResult
+from spear_lightning.evaluation.shards import EvaluationError
+from spear_lightning.policy import Policy, load_policy
+from spear_lightning.policy.vla_eval_server import PolicyServer
+
+Plans = Callable[..., object]
+
+
+def evaluated(policy: Policy, plan: object, folder: Path, **options: int) -> EvalResult:
+    server = PolicyServer(policy, **options)
+    return evaluate_policy(server, describe_server(server, "untrained", "raw"), plan, folder)
+
+
+@pytest.fixture(scope="module")
+def reference(policy: Policy, tmp_path_factory: pytest.TempPathFactory) -> EvalResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        from spear_lightning.evaluation.harness import EvaluationPlan
+
+        plan = EvaluationPlan(benchmark="point_world:PointBenchmark", episodes=4)
+        return evaluated(policy, plan, tmp_path_factory.mktemp("reference"))
+
+
+def test_the_episodes_are_neither_all_alike_nor_all_failures(reference: EvalResult) -> None:
+    assert [(episode.task, episode.number) for episode in reference.episodes] == [
+        (task, number) for task in ("shift", "nudge") for number in range(4)
+    ]
+    assert {episode.success for episode in reference.episodes} == {True, False}
+    assert len({episode.first_success_step for episode in reference.episodes}) > 2
+
+
+def test_repeating_gives_the_same_episodes(
+    reference: EvalResult, policy: Policy, point_world: Plans, tmp_path: Path
+) -> None:
+    again = evaluated(policy, point_world(), tmp_path)
+    assert again.episodes == reference.episodes
+    assert again.protocol == reference.protocol
+    assert again.contestant == reference.contestant
+
+
+def test_an_episode_does_not_depend_on_the_others(
+    reference: EvalResult, policy: Policy, point_world: Plans, tmp_path: Path
+) -> None:
+    alone = evaluated(policy, point_world(tasks=("nudge",), episodes=2), tmp_path)
+    assert list(alone.episodes) == reference.of_task("nudge")[:2]
+
+
+def test_noise_and_executed_steps_matter(
+    reference: EvalResult, policy: Policy, point_world: Plans, tmp_path: Path
+) -> None:
+    for number, options in enumerate(({"noise_seed": 1}, {"execute_steps": 4}, {"flow_steps": 1})):
+        other = evaluated(policy, point_world(), tmp_path / str(number), **options)
+        assert other.episodes != reference.episodes, options
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_episodes_as_one(
+    reference: EvalResult, policy: Policy, point_world: Plans, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    server = PolicyServer(policy)
+    contestant = describe_server(server, "untrained", "raw")
+    sharded = evaluate_policy(
+        server, contestant, point_world(processes=2), tmp_path, lambda done, of: seen.append((done, of))
+    )
+    assert sharded.episodes == reference.episodes
+    assert seen
+    assert all(0 <= done <= of == 8 for done, of in seen)
+
+
+@pytest.mark.slow
+def test_the_harness_own_commands_give_the_same_episodes(
+    reference: EvalResult, checkpoint: Path, point_world: Plans, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = tmp_path / "eval.yaml"
+    config.write_text(yaml.safe_dump(harness_config(point_world(), "policy")))
+    serve = [sys.executable, "-m", "spear_lightning.policy.vla_eval_server", "--port", str(port)]
+    run = [sys.executable, "-m", "vla_eval.cli.main", "run", "--no-docker", "--config", str(config)]
+    run += ["--server-url", f"ws://127.0.0.1:{port}", "--output-dir", str(tmp_path)]
+    server = subprocess.Popen([*serve, "--args.checkpoint", str(checkpoint), "--args.device", "cpu"])
+    try:
+        # It waits for the server, with growing pauses.
+        subprocess.run(run, check=True, capture_output=True, timeout=120)
+    finally:
+        server.terminate()
+        server.wait()
+    aggregate = json.loads((tmp_path / "closed_loop_aggregate.json").read_text())
+    assert read_episodes(aggregate, reference.protocol, where=tmp_path) == reference.episodes
+
+
+def test_a_padded_batch_gives_each_observation_what_it_gets_alone(policy: Policy) -> None:
+    server = PolicyServer(policy, batch_size=4)
+    batches = [policy.observe(seen(value), f"go to {value}", state(value)) for value in range(3)]
+    noises = [policy.flow.noise((1, 5), torch.Generator().manual_seed(value)) for value in range(3)]
+    together = server._targets(batches, noises)
+    for row, (batch, noise) in enumerate(zip(batches, noises, strict=True)):
+        alone = server._targets([batch], [noise])[0]
+        assert (alone == together[row]).all()
+        assert (alone != together[row - 1]).any()
+
+
+def seen(value: int) -> dict:
+    import numpy as np
+
+    return {name: np.full((28, 42, 3), 40 * value, np.uint8) for name in ("primary", "wrist")}
+
+
+def state(value: int):
+    import numpy as np
+
+    return np.array([0.2 + 0.1 * value, 0, 0.1, 0, 0, 0, 1, 1], np.float32)
+
+
+def test_targets_are_the_chunk_applied_to_the_state(policy: Policy) -> None:
+    noise = policy.flow.noise((1, 5), torch.Generator().manual_seed(3))
+    batch = policy.observe(seen(1), "go", state(1))
+    chunk = policy.sample_chunk(batch, None, noise=noise)[0].numpy()
+    targets = PolicyServer(policy)._targets([batch], [noise])[0]
+    # Cumulative chunks, and the tool starts unturned: translations add to the position, rotations are the chunk's.
+    assert targets[:, :3] == pytest.approx(state(1)[:3] + chunk[:, :3], abs=1e-6)
+    assert targets[:, 3:] == pytest.approx(chunk[:, 3:], abs=1e-6)
+
+
+def test_scripted_rows_run_through_the_same_harness(point_world: Plans, tmp_path: Path) -> None:
+    expert = evaluate_scripted("expert", point_world(episodes=2), tmp_path / "expert")
+    chance = evaluate_scripted("random", point_world(episodes=2), tmp_path / "random")
+    assert expert.protocol == chance.protocol
+    # 1 cm a step past a line 2.5 cm away, and then it must hold for five steps.
+    assert [episode.first_success_step for episode in expert.episodes] == [3] * 4
+    assert [episode.steps for episode in expert.episodes] == [7] * 4
+    assert not any(episode.first_success for episode in chance.episodes)
+    assert [episode.steps for episode in chance.episodes] == [12] * 4
+
+
+def test_a_broken_episode_is_no_failure_of_the_policy(point_world: Plans, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"2 broken and 2 whole.*the table fell over"):
+        evaluate_scripted("expert", point_world(episodes=2, benchmark="point_world:BrokenBenchmark"), tmp_path)
+
+
+def test_a_camera_that_is_not_sent_is_refused(policy: Policy, point_world: Plans, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"no images\.wrist"):
+        evaluated(policy, point_world(episodes=1, cameras={"primary": (42, 28)}), tmp_path)
+    server = PolicyServer(policy, absent_cameras=["wrist"])
+    assert set(server.get_observation_params()["cameras"]) == {"primary"}
+    with pytest.raises(ConfigError, match="cameras to be masked"):
+        PolicyServer(policy, absent_cameras=["elbow"])
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_reported_with_its_last_words(
+    policy: Policy, point_world: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(EvaluationError, match="No module named 'point_world'"):
+        evaluated(policy, point_world(processes=2), tmp_path)
+
+
+def test_plans_are_checked_before_anything_is_simulated(policy: Policy, point_world: Plans) -> None:
+    wishes = PolicyServer(policy).get_observation_params()
+    for options, wrong, message in (
+        ({"tasks": ("juggle",)}, {}, "no such tasks"),
+        ({"tasks": ("nudge", "nudge")}, {}, "each once"),
+        ({}, {"control_hz": 10.0}, "another control rate"),
+        ({"seed": -1}, {}, "Seed"),
+        ({"episodes": 100_001}, {}, "not that many"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_plan(point_world(**options), "policy", {**wishes, **wrong})
+    for options in ({"episodes": 0}, {"processes": 0}):
+        with pytest.raises(ConfigError, match="needs episodes"):
+            point_world(**options)
+    for wrong in ({"execute_steps": 6}, {"execute_steps": 0}, {"batch_size": 0}, {"flow_steps": 0}):
+        with pytest.raises(ConfigError, match="cannot be served"):
+            PolicyServer(policy, **wrong)
+
+
+def test_policy_and_benchmark_declare_the_same_wire(policy: Policy, point_world: Plans) -> None:
+    from point_world import PointBenchmark
+
+    server = PolicyServer(policy)
+    benchmark = PointBenchmark(**server.get_observation_params(), seed=0)
+    specs = (server.get_action_spec(), benchmark.get_action_spec())
+    specs += (server.get_observation_spec(), benchmark.get_observation_spec())
+    assert check_specs(*specs) == []
+    blind = PointBenchmark(seed=0)
+    assert len(check_specs(*specs[:3], blind.get_observation_spec())) == 2
+
+
+def test_the_digest_is_of_the_weights_not_of_the_file(policy: Policy, checkpoint: Path) -> None:
+    loaded = load_policy(checkpoint)
+    assert weights_digest(loaded) == weights_digest(policy)
+    with torch.no_grad():
+        loaded.vla.expert.action_out.bias[0] += 1e-6
+    assert weights_digest(loaded) != weights_digest(policy)
+
+
+def test_a_result_with_missing_episodes_is_refused(reference: EvalResult) -> None:
+    more = replace(reference.protocol, episodes=5)
+    aggregate = {"tasks": [{"task": "shift", "episodes": []}]}
+    with pytest.raises(EvaluationError, match="0 whole ones"):
+        read_episodes(aggregate, more, where="somewhere")

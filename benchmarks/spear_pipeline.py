@@ -69,8 +69,16 @@ def main() -> int:
 
 def load(mixture: RobotMixture, options: argparse.Namespace) -> dict[str, Any]:
     def open_loader() -> Iterator[int]:
-        dataset = RobotDataset(mixture.training, mixture.stream(), CAMERAS, ChunkSpec())
-        loader = ResumableLoader(dataset, options.batch, epoch_batches=1 << 40, num_workers=options.workers)
+        dataset = RobotDataset(
+            mixture.training, mixture.stream(), CAMERAS, ChunkSpec(), scaled_decode=options.scaled_decode
+        )
+        loader = ResumableLoader(
+            dataset,
+            options.batch,
+            epoch_batches=1 << 40,
+            num_workers=options.workers,
+            num_threads=options.threads,
+        )
         return (len(batch) for batch in loader)
 
     return time_batches(open_loader, options.seconds, options.windows, options.warm_up)
@@ -127,6 +135,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--index", type=Path, required=True)
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--scaled-decode", action="store_true", help="decode at 1/2 where that is enough")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--windows", type=int, default=3)

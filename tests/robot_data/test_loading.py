@@ -18,7 +18,7 @@ from spear_lightning.errors import CheckpointError, ConfigError, DataError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image
-from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader, next_batch
+from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.sample_source import SampleSource
 
@@ -145,20 +145,6 @@ def test_every_sample_has_a_target_inside_its_episode(mixture: RobotMixture, rat
     assert masks.any(dim=1).all()
     left_out = np.setdiff1d(index.samples, source.frames(np.arange(len(source))))
     assert not read_chunks(index, left_out, spec).mask.any()
-
-
-def test_errors_of_workers_lose_the_traceback() -> None:
-    message = (
-        "Caught DataError in worker.\n  File x\nspear_lightning.errors.DataError: A shard is gone\n  where: y"
-    )
-
-    def failing() -> Iterator[RobotBatch]:
-        raise DataError(message)
-        yield
-
-    with pytest.raises(DataError) as error:
-        next_batch(failing())
-    assert str(error.value) == "A shard is gone\n  where: y"
 
 
 def test_validation_samples_are_spread_evenly(mixture: RobotMixture) -> None:

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Sampler
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import CheckpointError, SpearError
-from spear_lightning.robot_data.dataset import RobotDataset, as_is
-
-WORKER_START = "forkserver"
-"""Workers forked from a clean server share no locks or threads with the trainer."""
+from spear_lightning.errors import CheckpointError
+from spear_lightning.robot_data.dataset import RobotDataset
+from spear_lightning.robot_data.read_ahead import Reading, open_reader
 
 
-class StreamBatches(Sampler[list[int]]):
+class StreamBatches:
     """Batches of places in the global stream for one process, from a given batch on, without end.
 
     Batch b of all processes together holds places [b * G, (b + 1) * G), G = batch size times processes; so
@@ -43,8 +40,8 @@ class StreamBatches(Sampler[list[int]]):
 class ResumableLoader:
     """Iterates over epochs of a fixed number of batches; continues exactly where its state says.
 
-    Workers run ahead, so their position is of no use after a restart; what is saved is the number of batches
-    handed out. The workers live from the first batch to the end of training: an epoch costs no restart.
+    Workers and threads run ahead, so their position is of no use after a restart; what is saved is the number of
+    batches handed out. They live from the first batch to the end of training: an epoch costs no restart.
 
     Args:
         dataset: Reads batches at places of an endless stream.
@@ -53,9 +50,10 @@ class ResumableLoader:
         rank: This process.
         world_size: Number of processes.
         num_workers: Worker processes; 0 reads in this process.
-        prefetch: Batches each worker prepares ahead.
+        prefetch: Batches each worker or thread prepares ahead.
         pin_memory: Whether batches are put into page-locked memory.
         data: Fingerprint of the data; a state of other data is refused.
+        num_threads: Threads of this process that read ahead; for 0 workers. 0 reads when a batch is asked for.
     """
 
     def __init__(
@@ -69,16 +67,14 @@ class ResumableLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         data: str = "",
+        num_threads: int = 0,
     ) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self._data = data
         self._epoch_batches = epoch_batches
         self._rank, self._world_size = rank, world_size
-        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        if num_workers > 0:
-            self._options["prefetch_factor"] = prefetch
-            self._options["multiprocessing_context"] = WORKER_START
+        self._reading = Reading(num_workers, num_threads, prefetch, pin_memory)
         self._given = 0
         self._running: Iterator[RobotBatch] | None = None
 
@@ -89,12 +85,10 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[RobotBatch]:
         """Yield the rest of the current epoch; at its end the next iteration begins a new one."""
         if self._running is None:
-            batches = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
-            self._running = iter(
-                DataLoader(self.dataset, batch_sampler=batches, collate_fn=as_is, **self._options)
-            )
+            places = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
+            self._running = iter(open_reader(self.dataset, places, self.batch_size, self._reading))
         while True:
-            batch = next_batch(self._running)
+            batch = next(self._running)
             self._given += 1
             yield batch
             if self._given % self._epoch_batches == 0:
@@ -142,8 +136,9 @@ class FiniteLoader:
         dataset: Reads batches at places.
         places: Which places.
         batch_size: Samples per batch.
-        num_workers: Worker processes; 0 reads in this process.
+        num_workers: Worker processes; 0 reads in this process. They stay: validation comes again and again.
         pin_memory: Whether batches are put into page-locked memory.
+        num_threads: Threads of this process that read ahead; for 0 workers.
     """
 
     def __init__(
@@ -153,19 +148,12 @@ class FiniteLoader:
         batch_size: int,
         num_workers: int = 0,
         pin_memory: bool = False,
+        num_threads: int = 0,
     ) -> None:
         starts = range(places.start, places.stop, batch_size)
         self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
-        self._loader: DataLoader[RobotBatch] = DataLoader(
-            dataset,
-            batch_sampler=self._batches,
-            collate_fn=as_is,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            multiprocessing_context=WORKER_START if num_workers else None,
-            # Validation comes again and again: its workers stay.
-            persistent_workers=num_workers > 0,
-        )
+        reading = Reading(num_workers, num_threads, pin_memory=pin_memory)
+        self._reader = open_reader(dataset, self._batches, batch_size, reading)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -173,18 +161,4 @@ class FiniteLoader:
 
     def __iter__(self) -> Iterator[RobotBatch]:
         """Yield the batches."""
-        batches = iter(self._loader)
-        for _ in self._batches:
-            yield next_batch(batches)
-
-
-def next_batch(batches: Iterator[RobotBatch]) -> RobotBatch:
-    """Return the next batch; an error of a worker process loses the story of where it was raised."""
-    try:
-        return next(batches)
-    except SpearError as error:
-        # torch puts the worker's traceback before the message.
-        _, mark, message = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")
-        if not mark:
-            raise
-        raise type(error)(message) from None
+        return iter(self._reader)

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from spear_lightning.errors import ConfigError
-from spear_lightning.robot_data.permutation import permute
+from spear_lightning.robot_data.permutation import permute, permute_each
 
 BLOCK = 1 << 16
 """Places in a block; within each block every data set has its exact share, in shuffled order."""
@@ -78,12 +78,12 @@ class SampleStream:
         occurrence = block * self._quota[dataset] + slot - (self._upper - self._quota)[dataset]
         sample = np.empty_like(places)
         for number in np.unique(dataset):
-            size = self.sizes[number]
-            epoch = occurrence // size
-            for lap in np.unique(epoch[dataset == number]):
-                chosen = (dataset == number) & (epoch == lap)
-                key = _key(self.seed, 1 + int(number), int(lap))
-                sample[chosen] = permute(occurrence[chosen] % size, size, key)
+            chosen, size = dataset == number, self.sizes[number]
+            lap, place = np.divmod(occurrence[chosen], size)
+            # A small data set is in many of its laps within one batch: all at once.
+            laps, which = np.unique(lap, return_inverse=True)
+            keys = [_key(self.seed, 1 + int(number), int(each)) for each in laps]
+            sample[chosen] = permute_each(place, size, keys, which)
         return dataset, sample
 
 

@@ -7,6 +7,7 @@ order is found at once, which also makes resuming at any place exact and free.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -29,13 +30,28 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     Returns:
         int64 of the same shape, values in [0, size).
     """
+    return permute_each(index, size, [key], np.zeros(np.shape(index), np.int64))
+
+
+def permute_each(index: np.ndarray, size: int, keys: Sequence[int], which: np.ndarray) -> np.ndarray:
+    """Do as `permute`, with a permutation for every number.
+
+    Args:
+        index: int64, any shape, values in [0, size).
+        size: How many numbers are permuted, at least 1.
+        keys: The permutations.
+        which: int64, shaped as `index`: the place in `keys` of each number's permutation.
+
+    Returns:
+        int64 of the same shape, values in [0, size).
+    """
     a = math.isqrt(size - 1) + 1
     b = -(-size // a)
-    keys = _round_keys(key)
-    values = _feistel(np.asarray(index).astype(np.uint64), np.uint64(a), np.uint64(b), keys)
+    rounds = np.stack([_round_keys(key) for key in keys], axis=1)[:, which]
+    values = _feistel(np.asarray(index).astype(np.uint64), np.uint64(a), np.uint64(b), rounds)
     outside = values >= size
     while outside.any():
-        values[outside] = _feistel(values[outside], np.uint64(a), np.uint64(b), keys)
+        values[outside] = _feistel(values[outside], np.uint64(a), np.uint64(b), rounds[:, outside])
         outside = values >= size
     return values.astype(np.int64)
 

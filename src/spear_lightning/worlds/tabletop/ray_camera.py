@@ -23,6 +23,9 @@ NOTHING = -1
 
 NO_CUTOFF_M = 1e10
 
+MOST_SPHERES = 8
+"""At most so many spheres cover a geom."""
+
 
 @dataclass(frozen=True)
 class CameraPose:
@@ -67,7 +70,8 @@ class Hits:
     Attributes:
         geom_N: int32 geom ids, -1 where nothing is hit.
         distance_N: float64, in lengths of the ray's direction vector; -1 where nothing is hit.
-        normal_N3: float64 outward unit normals in the world frame; zero where nothing is hit. None if not asked for.
+        normal_N3: float64 outward unit normals in the world frame; zero where nothing is hit; None if they were
+            not asked for.
     """
 
     geom_N: np.ndarray
@@ -92,8 +96,13 @@ class RayCaster:
         # mj_multiRay can leave out geoms by their group alone: a copy of the model has groups that serve us.
         self._model = copy.copy(model)
         self._model.geom_group[:] = np.where(hidden, Part.HIDDEN, np.where(moving, Part.MOVING, Part.STATIC))
-        self.moving_geoms = np.flatnonzero(moving & ~hidden)
-        self.moving_radii_m = model.geom_rbound[self.moving_geoms].astype(np.float32)
+        self._geom_K, self._local_K3, self._radius_K = _cover(model, np.flatnonzero(moving & ~hidden))
+        self.static_geoms = np.flatnonzero(~moving & ~hidden)
+
+    def moving_spheres(self, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
+        """Return spheres that together hold everything that can move: centres (K, 3) and radii (K,), metres."""
+        axes_K33 = data.geom_xmat[self._geom_K].reshape(-1, 3, 3)
+        return data.geom_xpos[self._geom_K] + np.einsum("kij,kj->ki", axes_K33, self._local_K3), self._radius_K
 
     def cast(
         self,
@@ -136,6 +145,33 @@ class RayCaster:
                 NO_CUTOFF_M,
             )
         return Hits(geom_N, distance_N, normal_N3)
+
+    def static_boxes(self, data: mujoco.MjData) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes around `static_geoms` along the axes of the world: lower and upper corners (S, 3)."""
+        geoms = self.static_geoms
+        box_S6, axes_S33 = self._model.geom_aabb[geoms], data.geom_xmat[geoms].reshape(-1, 3, 3)
+        middle_S3 = data.geom_xpos[geoms] + np.einsum("sij,sj->si", axes_S33, box_S6[:, :3])
+        half_S3 = np.einsum("sij,sj->si", np.abs(axes_S33), box_S6[:, 3:])
+        half_S3[self._model.geom_type[geoms] == mujoco.mjtGeom.mjGEOM_PLANE] = np.inf
+        return middle_S3 - half_S3, middle_S3 + half_S3
+
+
+def _cover(model: mujoco.MjModel, geoms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # A row of spheres along the longest side of each geom's box: one around a whole arm would be mostly air.
+    owners, centres, radii = [], [], []
+    for geom in geoms:
+        middle, half = model.geom_aabb[geom, :3], model.geom_aabb[geom, 3:]
+        longest = int(np.argmax(half))
+        count = int(np.clip(np.ceil(half[longest] / np.partition(half, 1)[1]), 1, MOST_SPHERES))
+        piece = half.copy()
+        piece[longest] /= count
+        for number in range(count):
+            centre = middle.copy()
+            centre[longest] += (2 * number + 1) * piece[longest] - half[longest]
+            owners.append(geom)
+            centres.append(centre)
+            radii.append(np.linalg.norm(piece))
+    return np.array(owners, int), np.reshape(centres, (-1, 3)), np.array(radii)
 
 
 @dataclass(frozen=True)

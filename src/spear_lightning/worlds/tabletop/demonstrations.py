@@ -36,8 +36,8 @@ EPISODES_PER_SHARD = 32
 
 JPEG_QUALITY = 92
 
-STEPS_AFTER_SUCCESS = 2
-"""The expert goes on a little, so that the end of a task is shown too."""
+STEPS_AFTER_SUCCESS = 5
+"""The expert goes on for a second, so that a policy learns to leave alone what is done."""
 
 MOST_ATTEMPTS = 20
 

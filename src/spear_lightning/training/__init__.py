@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spear_lightning.training.checkpoint_files import RunCheckpoint
+    from spear_lightning.training.closed_loop import ClosedLoopEvaluation
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.vla_module import VLAModule
 
 _HOMES = {
+    "ClosedLoopEvaluation": "closed_loop",
     "ExponentialMovingAverage": "ema",
     "FirstValidation": "first_validation",
     "FreezeSchedule": "freeze_schedule",
@@ -35,6 +37,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ClosedLoopEvaluation",
     "ExponentialMovingAverage",
     "FirstValidation",
     "FreezeSchedule",

@@ -35,6 +35,7 @@ EXPLAINED = {
     "--trainer.callbacks (checkpoints)": "spear_lightning.training.RunCheckpoint",
     "--trainer.callbacks (first figures)": "spear_lightning.training.FirstValidation",
     "--trainer.callbacks (pictures)": "spear_lightning.training.ValidationPictures",
+    "--trainer.callbacks (success rates)": "spear_lightning.training.ClosedLoopEvaluation",
     "--trainer.logger (MLflow)": "spear_lightning.training.MLflowRunLogger",
 }
 """Where an option stands in a configuration -> the class whose arguments it takes."""

@@ -179,7 +179,7 @@ def test_a_process_that_dies_is_reported_with_its_last_words(
     policy: Policy, point_world: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", "")
-    with pytest.raises(EvaluationError, match="No module named 'point_world'"):
+    with pytest.raises(EvaluationError, match="Failed to import 'point_world:PointBenchmark'"):
         evaluated(policy, point_world(processes=2), tmp_path)
 
 

@@ -94,9 +94,14 @@ def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progre
     require_harness()
     if options.policy is not None:
         return evaluate_scripted(options.policy, plan, folder, progress)
+    import torch
+
     from spear_lightning.policy import read_checkpoint
     from spear_lightning.policy.vla_eval_server import CheckpointServer
 
+    if options.device != "cpu" and torch.cuda.is_available():
+        # The cores are for the simulating processes; torch's idle threads would spin on them.
+        torch.set_num_threads(1)
     averaged = bool(read_checkpoint(options.checkpoint).get("ema"))
     server = CheckpointServer(
         str(options.checkpoint),

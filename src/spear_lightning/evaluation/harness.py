@@ -7,17 +7,17 @@ all of them, in batches; what the policy does in an episode depends on the episo
 from __future__ import annotations
 
 import hashlib
-import sys
+import platform
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from spear_lightning import __version__
 from spear_lightning.errors import ConfigError
 from spear_lightning.evaluation.protocol import Contestant, Episode, EvalProtocol, EvalResult, SuccessMode
 from spear_lightning.evaluation.shards import EvaluationError, HarnessRun, Progress, quiet, run_here, run_shards
@@ -259,14 +259,24 @@ def _evaluate(
         protocol=protocol,
         contestant=replace(contestant, cameras={name: list(size) for name, size in (cameras or {}).items()}),
         episodes=read_episodes(aggregate, protocol, where=output),
-        software={
-            "spear-lightning": version("spear-lightning"),
-            "vla-eval": version("vla-eval"),
-            "torch": version("torch"),
-            "python": sys.version.split()[0],
-        },
+        software=software_versions(),
         wall_seconds=round(time.monotonic() - started, 3),
     )
+
+
+def software_versions() -> dict[str, str]:
+    """Return what else might make a difference; it does not keep results from being compared."""
+    import torch
+    import vla_eval
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "spear-lightning": __version__,
+        "vla-eval": vla_eval.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
 
 
 def read_episodes(aggregate: Mapping[str, Any], protocol: EvalProtocol, where: object) -> tuple[Episode, ...]:

@@ -8,16 +8,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+IGNORED = -100
+"""Label of tokens that are not predicted, as in torch's cross entropy."""
 
 STATE_WIDTH = 8
 """Numbers in a proprioceptive state and in an action: translation 3, quaternion xyzw 4, gripper 1."""
 
 
+class TensorBatch:
+    """What all batches can do; their tensors are fields, or in dictionaries that are fields."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changed: dict[str, object] = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, dict):
+                changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the batch with its tensors on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in page-locked memory, so that copies to a GPU can overlap with work."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+
 @dataclass
-class RobotBatch:
+class RobotBatch(TensorBatch):
     """Samples of robot episodes in physical units; the policy normalises them on the device.
 
     Attributes:
@@ -46,24 +73,78 @@ class RobotBatch:
     def __len__(self) -> int:
         return self.state.shape[0]
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> RobotBatch:
-        changed: dict[str, object] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = function(value)
-            elif isinstance(value, dict):
-                changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
-        return replace(self, **changed)  # type: ignore[arg-type]
-
     def with_images(self, images: dict[str, Tensor]) -> RobotBatch:
         """Return the batch with other pixels."""
         return replace(self, images=images)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> RobotBatch:
-        """Return the batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> RobotBatch:
-        """Return the batch in page-locked memory, so that copies to a GPU can overlap with work."""
-        return self._map(lambda tensor: tensor.pin_memory())
+@dataclass(frozen=True)
+class TrueAnswer:
+    """What the answer to a question should say, before it was made into tokens.
+
+    Attributes:
+        task: Class path of the task that asked.
+        values: float64 numbers, in the shape that the task gives them: lengths in units of the batch's `unit`, or
+            pixels of the image the model sees.
+        choice: The name that is to be chosen; "" where there is nothing to choose.
+    """
+
+    task: str
+    values: np.ndarray
+    choice: str = ""
+
+
+@dataclass
+class VqaBatch(TensorBatch):
+    """Questions about images with their answers, as the VLM reads them: bos, questions, newline | answers, eos.
+
+    Several questions about one image stand in one sample, one a line, and so do their answers.
+
+    Attributes:
+        images: Camera name -> uint8 RGB (B, 3, height, width).
+        image_mask: Camera name -> bool (B,); False where the sample has no such camera (pixels are 0).
+        input_ids: int64 (B, L) token ids of the text, padded at the right.
+        token_mask: bool (B, L), False for padding.
+        answer_mask: bool (B, L), True for the tokens of the answers, eos included: what is to be predicted, each
+            from the tokens before it. A sample about which nothing could be asked has none.
+        coordinate_mask: bool (B, L), True for those of them that are 3D tokens.
+        questions: B texts of questions.
+        answers: B texts of answers.
+        asked: For each sample, what the answers should say, in the order of the questions.
+        unit: float32 (B,), the length that counts as one in coordinates, in the unit of the label (metres if
+            `metric`).
+        metric: bool (B,), whether the label is in metres.
+        intrinsics: float32 (B, 4), fx, fy, cx, cy in pixels of the image the model sees; NaN where unknown.
+        dataset: int64 (B,), which data set of the mixture a sample is from.
+        position: int64 (B,), the sample's position in the global sample stream (its identity).
+    """
+
+    images: dict[str, Tensor]
+    image_mask: dict[str, Tensor]
+    input_ids: Tensor
+    token_mask: Tensor
+    answer_mask: Tensor
+    coordinate_mask: Tensor
+    questions: list[str]
+    answers: list[str]
+    asked: list[list[TrueAnswer]]
+    unit: Tensor
+    metric: Tensor
+    intrinsics: Tensor
+    dataset: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def labels(self) -> Tensor:
+        """The ids of the answers' tokens, int64 (B, L), and -100 elsewhere; not shifted."""
+        return self.input_ids.masked_fill(~self.answer_mask, IGNORED)
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """Return the ids of the questions alone, int64 (B, P), 0 at the padding, and their mask, bool (B, P)."""
+        mask = self.token_mask & ~self.answer_mask
+        # Questions come first in every row, so cutting at the longest loses none.
+        length = int(mask.sum(-1).max())
+        return self.input_ids[:, :length].masked_fill(~mask[:, :length], 0), mask[:, :length]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,16 +35,26 @@ class Vocabulary(ABC):
     Attributes:
         pad: Id of padding.
         bos: Id of the start of a text.
+        eos: Id of the end of an answer; None where the tokenizer has none.
         newline: Ids of a line break.
     """
 
     pad: int
     bos: int
+    eos: int | None
     newline: list[int]
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts, without special tokens."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, without padding, bos and eos."""
+
+    @abstractmethod
+    def add(self, names: Sequence[str]) -> int:
+        """Make words one token each, whatever surrounds them; return how many were new."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -55,25 +66,59 @@ class Vocabulary(ABC):
 
 
 class ByteVocabulary(Vocabulary):
-    """UTF-8 bytes, after Gemma's three special tokens: 0 padding, 1 end, 2 start, 3 + b byte b."""
+    """UTF-8 bytes after Gemma's special tokens, 0 padding, 1 end, 2 start: 3 + b is byte b; then added words."""
 
     pad = 0
+    eos = 1
     bos = 2
     first_byte = 3
 
-    def __init__(self) -> None:
+    def __init__(self, added: Sequence[str] = ()) -> None:
         self.newline = [self.first_byte + ord("\n")]
+        self._added: dict[str, int] = {}
+        self.add(added)
+
+    def add(self, names: Sequence[str]) -> int:
+        """Give words an id each, after all ids there are."""
+        before = len(self)
+        for name in names:
+            self._added.setdefault(name, len(self))
+        # Longer words first, so that none hides in another.
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._added else None
+        return len(self) - before
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return one id a byte."""
-        return [[self.first_byte + byte for byte in text.encode("utf-8")] for text in texts]
+        """Return one id a byte, and one for each added word."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = []
+        # Splitting by a group gives text and words in turn.
+        for number, part in enumerate(self._split.split(text) if self._split else [text]):
+            if number % 2:
+                ids.append(self._added[part])
+            else:
+                ids += [self.first_byte + byte for byte in part.encode("utf-8")]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text; bytes that are no UTF-8 become the replacement character."""
+        words = list(self._added)
+        after = self.first_byte + 256
+        encoded = b"".join(
+            words[number - after].encode() if number >= after else bytes([number - self.first_byte])
+            for number in ids
+            if number >= self.first_byte
+        )
+        return encoded.decode("utf-8", errors="replace")
 
     def __len__(self) -> int:
-        return self.first_byte + 256
+        return self.first_byte + 256 + len(self._added)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nothing: there is one byte vocabulary."""
-        return {}
+        """Return the added words, if there are any: there is one byte vocabulary otherwise."""
+        return {"added": list(self._added)} if self._added else {}
 
 
 class PretrainedVocabulary(Vocabulary):
@@ -83,15 +128,17 @@ class PretrainedVocabulary(Vocabulary):
         tokenizer: The tokenizer.
         pad: Id of padding.
         bos: Id of the start of a text.
+        eos: Id of the end of a text, if there is one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, pad: int, bos: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, pad: int, bos: int, eos: int | None = None) -> None:
         self.tokenizer = tokenizer
         # The prompt is cut and padded here, not by settings that a file may carry.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.pad = pad
         self.bos = bos
+        self.eos = eos
         self.newline = self.encode(["\n"])[0]
 
     @classmethod
@@ -126,18 +173,30 @@ class PretrainedVocabulary(Vocabulary):
                 expected="a fast tokenizer (tokenizer.json) with a bos token",
             )
         pad = 0 if loaded.pad_token_id is None else loaded.pad_token_id
-        return cls(backend, pad, loaded.bos_token_id)
+        return cls(backend, pad, loaded.bos_token_id, loaded.eos_token_id)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        special = (self.pad, self.bos, self.eos)
+        return str(self.tokenizer.decode([number for number in ids if number not in special], False))
+
+    def add(self, names: Sequence[str]) -> int:
+        """Add words to the tokenizer."""
+        from tokenizers import AddedToken
+
+        # Not normalised: Gemma's normaliser would turn spaces beside them into parts of them.
+        return int(self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names]))
 
     def __len__(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole tokenizer."""
-        return {"pad": self.pad, "bos": self.bos, "backend": self.tokenizer.to_str()}
+        return {"pad": self.pad, "bos": self.bos, "eos": self.eos, "backend": self.tokenizer.to_str()}
 
 
 class PromptTokenizer:
@@ -175,6 +234,17 @@ class PromptTokenizer:
 
     def __len__(self) -> int:
         return len(self.vocabulary)
+
+    def add_tokens(self, names: Sequence[str]) -> int:
+        """Make words, such as the 3D tokens, one token each; they travel with the tokenizer.
+
+        Args:
+            names: The words; those that are tokens already are left as they are.
+
+        Returns:
+            How many were new: the embedding needs as many more rows.
+        """
+        return self.vocabulary.add(names)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode instructions.
@@ -227,10 +297,10 @@ class PromptTokenizer:
             values = json.loads(text)
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']}, known is {SCHEMA}")
-            vocabulary: Vocabulary = ByteVocabulary()
+            vocabulary: Vocabulary = ByteVocabulary(values.get("added", ()))
             if "backend" in values:
                 tokenizer = Tokenizer.from_str(values["backend"])
-                vocabulary = PretrainedVocabulary(tokenizer, values["pad"], values["bos"])
+                vocabulary = PretrainedVocabulary(tokenizer, values["pad"], values["bos"], values.get("eos"))
             prompt = cls.__new__(cls)
             prompt._set_up(values["tokenizer"], values["max_length"], vocabulary)
         except (ValueError, KeyError, TypeError) as error:

@@ -196,13 +196,14 @@ def _act_out(world: Tabletop, task: str, seed: int) -> tuple[list[Observation], 
         observation = _knocked_off(world, expert, rng)
     observations: list[Observation] = []
     targets: list[np.ndarray] = []
-    left = STEPS_AFTER_SUCCESS
-    while left > 0 and len(targets) < world.max_steps and not (world.success and not targets):
+    done, left = False, STEPS_AFTER_SUCCESS
+    while left > 0 and len(targets) < world.max_steps:
         observations.append(observation)
         targets.append(expert.act())
         observation = world.step(targets[-1])
-        left -= world.ever_succeeded
-    return observations, targets, world.success and len(targets) > STEPS_AFTER_SUCCESS
+        left -= done
+        done |= world.success
+    return observations, targets, world.success
 
 
 def _knocked_off(world: Tabletop, expert: Expert, rng: np.random.Generator) -> Observation:

@@ -253,6 +253,8 @@ def pick_up(hand: Hand) -> Targets:
     for _ in range(2):
         yield from hand.grasp()
         yield from hand.rise(hand.manner.lift_m)
+        if hand.world.is_held(0):
+            return
 
 
 def put_on(hand: Hand) -> Targets:
@@ -265,6 +267,8 @@ def put_on(hand: Hand) -> Targets:
             support = world.object_pose(1)
             height_m = support[2] + world.task.objects[1].half_extents_m[2]
             yield from hand.lower_onto(1, support[:2], hand.yaw, height_m)
+        if world.success:
+            return
 
 
 def turn(hand: Hand) -> Targets:

@@ -9,7 +9,7 @@ Shape letters: N rays, H and W the image.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -86,13 +86,21 @@ class RayCaster:
         model: The scene. Sizes, groups and transparency of its geoms must not change afterwards.
         hidden_groups: Geom groups that cameras and shadows pass through, for geoms that only collide.
             Geoms of alpha 0 are never seen either.
+        only: Geom ids; what is not among them is not there. Default: all are there.
     """
 
-    def __init__(self, model: mujoco.MjModel, hidden_groups: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        hidden_groups: Collection[int] = (),
+        only: Sequence[int] | np.ndarray | None = None,
+    ) -> None:
         body = model.geom_bodyid
         # A mocap body has no joint, but moves all the same.
         moving = (model.body_weldid[body] != 0) | (model.body_mocapid[model.body_rootid[body]] >= 0)
         hidden = np.isin(model.geom_group, list(hidden_groups))
+        if only is not None:
+            hidden |= ~np.isin(np.arange(model.ngeom), only)
         # mj_multiRay can leave out geoms by their group alone: a copy of the model has groups that serve us.
         self._model = copy.copy(model)
         self._model.geom_group[:] = np.where(hidden, Part.HIDDEN, np.where(moving, Part.MOVING, Part.STATIC))

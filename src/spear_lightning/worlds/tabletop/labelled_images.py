@@ -1,0 +1,97 @@
+"""Pictures of random scenes with exact labels, as a label store (see `labeling.store`)."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.labeling.records import ImageLabel
+from spear_lightning.labeling.store import LabelWriter
+from spear_lightning.worlds.tabletop.demonstrations import encoded
+from spear_lightning.worlds.tabletop.experts import Expert
+from spear_lightning.worlds.tabletop.labels import SOURCE, ground_truth, image_label
+from spear_lightning.worlds.tabletop.shards_in_parallel import shards_in_parallel
+from spear_lightning.worlds.tabletop.tasks import TASKS
+from spear_lightning.worlds.tabletop.world import Tabletop
+
+CAMERAS = ("primary", "secondary")
+"""Cameras of the pictures; which one is drawn at random."""
+
+IMAGES_PER_SHARD = 200
+
+DISTRACTORS = (2, 4)
+"""Fewest and most objects besides the task's own."""
+
+LATEST_MOMENT = 12
+"""The expert of a random task acts for less than this many steps before the picture is taken."""
+
+LEAST_VISIBLE = 0.15
+"""Objects of which less is visible get no label: nobody could tell what they are."""
+
+
+def write_labelled_images(
+    out: str | Path, images: int, seed: int = 0, size: tuple[int, int] = (112, 84), processes: int | None = None
+) -> Path:
+    """Write pictures with exact labels in parallel, with a progress bar.
+
+    Args:
+        out: Folder of the label store to be.
+        images: How many.
+        seed: Two runs with one seed give the same labels and pictures, however many processes there are.
+        size: Width and height of a picture.
+        processes: Default: one per core.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If there is nothing to write, or the folder already holds labels.
+    """
+    folder = Path(out)
+    if images < 1:
+        raise ConfigError("There are no images to write", where="images", found=images, expected="at least 1")
+    if any(folder.glob("*.parquet")):
+        raise ConfigError("The folder already holds labels", where=folder, remedy="name another one, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [range(start, min(start + IMAGES_PER_SHARD, images)) for start in range(0, images, IMAGES_PER_SHARD)]
+    write = partial(_write_shard, folder, seed, size)
+    for _ in shards_in_parallel(write, shards, processes or os.cpu_count() or 1, "labelled images"):
+        pass
+    return folder
+
+
+def _write_shard(folder: Path, seed: int, size: tuple[int, int], numbers: range) -> None:
+    first = numbers.start // IMAGES_PER_SHARD
+    with LabelWriter(folder, shard_size=IMAGES_PER_SHARD, first_shard=first) as writer:
+        for number in numbers:
+            label, image_HW3 = labelled_image(seed, number, size)
+            writer.add(label, encoded(image_HW3))
+
+
+def labelled_image(seed: int, number: int, size: tuple[int, int]) -> tuple[ImageLabel, np.ndarray]:
+    """Make one labelled picture: a random scene at a random moment of a random task.
+
+    Args:
+        seed: Of the data set.
+        number: Of the picture in it.
+        size: Width and height.
+
+    Returns:
+        The label (metric), and the picture, uint8 RGB (height, width, 3).
+    """
+    rng = np.random.default_rng([seed, number])
+    camera = CAMERAS[rng.integers(len(CAMERAS))]
+    task = list(TASKS)[rng.integers(len(TASKS))]
+    world = Tabletop({camera: size}, DISTRACTORS)
+    observation = world.reset(task, int(rng.integers(2**40)))
+    expert = Expert(world, rng)
+    for _ in range(rng.integers(LATEST_MOMENT)):
+        world.act(expert.act())
+        observation = None
+    picture = (observation or world.observe()).images[camera]
+    truth = ground_truth(world.scene, world.data, camera)
+    return image_label(truth, f"{SOURCE}-{seed}-{number:06d}", rng, LEAST_VISIBLE), picture

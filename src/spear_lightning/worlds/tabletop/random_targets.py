@@ -14,9 +14,10 @@ _HIGHEST_M = 0.15
 class RandomTargets:
     """Moves smoothly from one random pose to another, over the table.
 
-    A goal is a uniform position above the table up to a height of 15 cm, where the objects are, a uniform yaw within
-    a quarter turn either way with the fingers pointing down, and an open or closed gripper with equal chance. The tool goes towards it by at most 4 cm and
-    0.3 rad a control step, the pace of a demonstration, and after 12 steps (2.4 s) to another.
+    A goal is a uniform position above the table up to a height of 15 cm, where the objects are, a uniform yaw
+    within a quarter turn either way with the fingers pointing down, and an open or closed gripper with equal
+    chance. The tool goes towards it by at most 4 cm and 0.3 rad a control step, the pace of a demonstration, and
+    after 12 steps (2.4 s) to another.
 
     Args:
         state: (8,) where the tool is at the start, [x m, q xyzw, openness] in the base frame.

@@ -68,9 +68,15 @@ def main() -> int:
 
 
 def load(mixture: RobotMixture, options: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    cached = mixture.frame_caches(CAMERAS, options.cache) if options.cache else None
+    made = {"cache_s": time.perf_counter() - start}
+    if cached:
+        made["cache_mb"] = sum(cache.description["bytes"] for cache in cached[0].values()) / 1e6
+
     def open_loader() -> Iterator[int]:
         dataset = RobotDataset(
-            mixture.training, mixture.stream(), CAMERAS, ChunkSpec(), scaled_decode=options.scaled_decode
+            mixture.training, mixture.stream(), CAMERAS, ChunkSpec(), options.scaled_decode, cached
         )
         loader = ResumableLoader(
             dataset,
@@ -81,7 +87,7 @@ def load(mixture: RobotMixture, options: argparse.Namespace) -> dict[str, Any]:
         )
         return (len(batch) for batch in loader)
 
-    return time_batches(open_loader, options.seconds, options.windows, options.warm_up)
+    return time_batches(open_loader, options.seconds, options.windows, options.warm_up) | made
 
 
 def limit(mixture: RobotMixture, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,6 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--cache", choices=["exact", "jpeg"], help="read pictures from a frame cache")
     parser.add_argument("--scaled-decode", action="store_true", help="decode at 1/2 where that is enough")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)

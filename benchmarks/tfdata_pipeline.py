@@ -123,16 +123,21 @@ def training_batches(shards: list[str], cores: int, buffer: int, batch_size: int
     return samples.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE).with_options(options)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every pipeline of TensorFlow."""
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cores", type=int, required=True)
     parser.add_argument("--buffer", type=int, default=1)
-    parser.add_argument("--resize", choices=["bilinear", "lanczos3"], default="bilinear")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--windows", type=int, default=3)
     parser.add_argument("--warm-up", type=float, default=2)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_options(parser)
+    parser.add_argument("--resize", choices=["bilinear", "lanczos3"], default="bilinear")
     parser.add_argument("--check", type=Path, help="write one batch to this .npz file instead")
     return parser.parse_args()
 

@@ -6,11 +6,14 @@ Both read into slots (`batch_slots`) and give the batches in order, so what come
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -135,6 +138,7 @@ class WorkerReader:
             num_workers=reading.num_workers,
             prefetch_factor=reading.prefetch,
             multiprocessing_context=WORKER_START,
+            worker_init_fn=_end_with_trainer,
             persistent_workers=True,
         )
 
@@ -183,6 +187,18 @@ class _SlotWriter:
         batch = self._slots.open(slot, len(places))
         self._dataset.fill(batch, places)
         return slot, (len(places), batch.instructions)
+
+
+def _end_with_trainer(_: int) -> None:
+    """Let a worker end when the trainer was killed: torch watches its parent, which is the fork server instead."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def watch() -> None:
+        connection.wait([trainer.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def as_is(batch: Any) -> Any:

@@ -9,6 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.frame_cache import CacheKind, FrameCache
+from spear_lightning.robot_data.frame_cache_build import ensure_frame_caches
+from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.index_build import ensure_index
 from spear_lightning.robot_data.index_store import default_index_root
 from spear_lightning.robot_data.mixture import SampleStream, Weighting, mixture_shares
@@ -79,6 +82,15 @@ class RobotMixture:
     def stream(self) -> SampleStream:
         """Return the endless stream of training samples."""
         return SampleStream([len(source) for source in self.training], self.shares, self.seed)
+
+    def frame_caches(self, cameras: Mapping[str, CameraSpec], kind: CacheKind) -> list[dict[str, FrameCache]]:
+        """Return each data set's pictures at the size the model sees; made on first use, beside the indexes.
+
+        Args:
+            cameras: Camera name -> size and fit.
+            kind: How pictures are kept.
+        """
+        return ensure_frame_caches(self._index_root, [source.index for source in self.training], cameras, kind)
 
     def fingerprint(self) -> str:
         """Return a short hash of what is trained on, held out, and how it is mixed."""

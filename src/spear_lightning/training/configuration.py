@@ -22,7 +22,14 @@ COMPARED_TRAINER_KEYS = (
 COMPARED_CALLBACKS = ("FreezeSchedule", "ExponentialMovingAverage")
 """Callbacks that change the course of training."""
 
-FREE_KEYS = ("data.num_workers", "data.root", "data.index_folder", "data.validation_batch_size", "data.prefetch")
+FREE_KEYS = (
+    "data.num_workers",
+    "data.num_threads",
+    "data.root",
+    "data.index_folder",
+    "data.validation_batch_size",
+    "data.prefetch",
+)
 """Options of the data modules that change speed or place, never the samples."""
 
 _NOTHING = "(absent)"

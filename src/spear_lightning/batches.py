@@ -111,6 +111,7 @@ class VqaBatch(TensorBatch):
         questions: B texts of questions.
         answers: B texts of answers.
         asked: For each sample, what the answers should say, in the order of the questions.
+        clamped: int64 (B,), how many numbers lay outside the range of the 3D tokens and became the outermost ones.
         unit: float32 (B,), the length that counts as one in coordinates, in the unit of the label (metres if
             `metric`).
         metric: bool (B,), whether the label is in metres.
@@ -128,6 +129,7 @@ class VqaBatch(TensorBatch):
     questions: list[str]
     answers: list[str]
     asked: list[list[TrueAnswer]]
+    clamped: Tensor
     unit: Tensor
     metric: Tensor
     intrinsics: Tensor

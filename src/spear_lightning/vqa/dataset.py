@@ -1,0 +1,193 @@
+"""Labelled images -> typed batches of questions and answers; deterministic, and resumable at any place."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from spear_lightning.batches import TrueAnswer, VqaBatch
+from spear_lightning.errors import ConfigError
+from spear_lightning.labeling.records import ImageLabel
+from spear_lightning.labeling.store import LabelStore
+from spear_lightning.robot_data.dataset import FindsSamples
+from spear_lightning.robot_data.images import BrokenImage, CameraSpec
+from spear_lightning.vqa.augment import ViewRecipe, make_view
+from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
+from spear_lightning.vqa.mixture import Example, TaskMixture
+from spear_lightning.vqa.question_stream import QuestionStream
+from spear_lightning.vqa.task import Scene
+from spear_lightning.vqa.text_layout import TextLayout
+
+log = logging.getLogger(__name__)
+
+
+class LabelledImages:
+    """Some images of a label store.
+
+    Args:
+        store: The labels.
+        indices: Which of them.
+    """
+
+    def __init__(self, store: LabelStore, indices: np.ndarray) -> None:
+        self.store, self.indices = store, indices
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.indices)
+
+    def read(self, index: int) -> tuple[ImageLabel, np.ndarray]:
+        """Return a label and its image (see `LabelStore.read`)."""
+        return self.store.read(int(self.indices[index]))
+
+    def label(self, index: int) -> ImageLabel:
+        """Return a label."""
+        return self.store[int(self.indices[index])]
+
+    def fingerprint(self) -> str:
+        """Return a short hash of which labels these are."""
+        return hashlib.sha256(self.store.fingerprint().encode() + self.indices.tobytes()).hexdigest()[:16]
+
+
+def split_labels(store: LabelStore, holdout: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
+    """Divide the images of a store at random into those trained on and those held out.
+
+    Frames of one video look alike: hold such data out by folders of their own.
+
+    Args:
+        store: The labels.
+        holdout: Share that is held out, in [0, 1).
+        seed: Of the choice.
+
+    Raises:
+        ConfigError: If nothing would be left to train on.
+    """
+    held = round(len(store) * holdout)
+    if not 0 <= holdout < 1 or held >= len(store):
+        raise ConfigError(
+            "No labelled images are left to train on",
+            where="data.holdout",
+            found=f"{holdout} of {len(store)} images",
+            expected="a share in [0, 1)",
+        )
+    shuffled = np.random.default_rng([seed, 2]).permutation(len(store))
+    return LabelledImages(store, np.sort(shuffled[held:])), LabelledImages(store, np.sort(shuffled[:held]))
+
+
+class _Sample(NamedTuple):
+    label: ImageLabel
+    pixels: torch.Tensor
+    example: Example
+    seen: bool
+    clamped: int
+
+
+class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
+    """Reads whole batches of questions about images.
+
+    Args:
+        sources: Labelled images of each data set.
+        finder: Place -> (data set, image): `SampleStream`, or `EvenSamples` for validation.
+        questions: Place -> (place for the finder, planned tasks).
+        mixture: Asks the planned tasks.
+        tokens: The 3D tokens.
+        layout: Examples -> token ids.
+        camera: Size at which the model sees images, and how other aspect ratios are met.
+        views: How images are varied.
+        seed: Of the views, objects and wordings.
+        camera_name: Name of the model's camera that sees them.
+
+    Attributes:
+        without_questions: Samples so far in this process about which nothing could be asked.
+        broken_images: Images so far in this process that could not be decoded; they are masked.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[LabelledImages],
+        finder: FindsSamples,
+        questions: QuestionStream,
+        mixture: TaskMixture,
+        tokens: CoordinateTokens,
+        layout: TextLayout,
+        camera: CameraSpec,
+        views: ViewRecipe,
+        seed: int,
+        camera_name: str = "primary",
+    ) -> None:
+        self._sources, self._finder, self._questions = list(sources), finder, questions
+        self._mixture, self._tokens, self._layout = mixture, tokens, layout
+        self._camera, self._views, self._seed, self._camera_name = camera, views, seed, camera_name
+        self.without_questions = 0
+        self.broken_images = 0
+
+    def __getitem__(self, place: int) -> VqaBatch:
+        """Return a batch of one."""
+        return self.__getitems__([place])
+
+    def __getitems__(self, places: Sequence[int]) -> VqaBatch:
+        """Return the batch of some places; `DataLoader` calls this once per batch.
+
+        Raises:
+            DataError: If a label is wrong or its file cannot be read. An image that cannot be decoded is
+                masked and reported instead.
+        """
+        position_B, plans = self._questions[np.asarray(places, np.int64)]
+        dataset_B, image_B = self._finder[position_B]
+        rows = zip(position_B.tolist(), dataset_B.tolist(), image_B.tolist(), plans, strict=True)
+        samples = [self._sample(*row) for row in rows]
+        examples = [sample.example for sample in samples]
+        text = self._layout.lay_out(examples)
+        labels = [sample.label for sample in samples]
+        return VqaBatch(
+            images={self._camera_name: torch.stack([sample.pixels for sample in samples])},
+            image_mask={self._camera_name: torch.tensor([sample.seen for sample in samples])},
+            input_ids=text.input_ids,
+            token_mask=text.token_mask,
+            answer_mask=text.answer_mask,
+            coordinate_mask=text.coordinate_mask,
+            questions=[example.question for example in examples],
+            answers=[example.answer for example in examples],
+            asked=[
+                [TrueAnswer(pair.task.path(), pair.truth.values, pair.truth.choice) for pair in example.pairs]
+                for example in examples
+            ],
+            clamped=torch.tensor([sample.clamped for sample in samples]),
+            unit=torch.tensor([self._tokens.unit(label) for label in labels]),
+            metric=torch.tensor([label.unit == "metric" for label in labels]),
+            intrinsics=torch.tensor([_camera_numbers(label) for label in labels]),
+            dataset=torch.from_numpy(dataset_B),
+            position=torch.from_numpy(position_B),
+        )
+
+    def _sample(self, position: int, dataset: int, image: int, plan: np.ndarray) -> _Sample:
+        rng = np.random.default_rng([self._seed, 3, position])
+        try:
+            label, image_HW3 = self._sources[dataset].read(image)
+        except BrokenImage as error:
+            return self._masked(error, self._sources[dataset].label(image))
+        view, pixels = make_view(label, image_HW3, self._camera, self._views, rng)
+        before = self._tokens.clamped
+        example = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
+        self.without_questions += not example.pairs
+        return _Sample(view, pixels, example, True, self._tokens.clamped - before)
+
+    def _masked(self, error: BrokenImage, label: ImageLabel) -> _Sample:
+        """Say the first broken image of this process aloud, and count the others."""
+        self.broken_images += 1
+        if self.broken_images == 1:
+            log.warning("%s\n  The sample is masked; further ones are not reported.", error)
+        pixels = torch.zeros((3, self._camera.height, self._camera.width), dtype=torch.uint8)
+        return _Sample(label, pixels, Example(()), False, 0)
+
+
+def _camera_numbers(label: ImageLabel) -> tuple[float, float, float, float]:
+    camera = label.intrinsics
+    if camera is None:
+        return (float("nan"),) * 4
+    return camera.fx, camera.fy, camera.cx, camera.cy

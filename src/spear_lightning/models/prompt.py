@@ -189,7 +189,8 @@ class PretrainedVocabulary(Vocabulary):
         from tokenizers import AddedToken
 
         # Not normalised: Gemma's normaliser would turn spaces beside them into parts of them.
-        return int(self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names]))
+        new = [AddedToken(name, normalized=False) for name in names if self.tokenizer.token_to_id(name) is None]
+        return int(self.tokenizer.add_tokens(new))
 
     def __len__(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))

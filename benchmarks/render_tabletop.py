@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spear_lightning.worlds.tabletop.experts import Expert
-from spear_lightning.worlds.tabletop.ray_camera import CameraPose, pixel_rays
+from spear_lightning.worlds.tabletop.ray_camera import CameraPose, RayCaster, pixel_rays
 from spear_lightning.worlds.tabletop.ray_renderer import RayRenderer
 from spear_lightning.worlds.tabletop.scene import Scene
 from spear_lightning.worlds.tabletop.tasks import TASKS
@@ -68,19 +68,13 @@ def record(episodes: int, steps: int) -> list[Episode]:
 
 
 def bare_rays(scene: Scene) -> Callable[[mujoco.MjData, dict[str, CameraPose]], None]:
-    """Return a picture-taker that casts one ray per pixel and throws away what it hits."""
+    """Return a picture-taker that casts one ray per pixel, one call a camera, and throws away what it hits."""
     rays = {name: pixel_rays(view.intrinsics) for name, view in scene.cameras.items()}
-    most = max(len(ray) for ray in rays.values())
-    ids, distances = np.empty(most, np.int32), np.empty(most)
+    caster = RayCaster(scene.model)
 
     def picture(data: mujoco.MjData, poses: dict[str, CameraPose]) -> None:
         for name, pose in poses.items():
-            vectors = (rays[name] @ pose.rotation.T).reshape(-1)
-            count = len(rays[name])
-            mujoco.mj_multiRay(
-                scene.model, data, pose.position_m, vectors, None, 1, -1,
-                ids[:count], distances[:count], None, count, 1e10,
-            )  # fmt: skip
+            caster.cast(data, pose.position_m, rays[name] @ pose.rotation.T, normals=False)
 
     return picture
 

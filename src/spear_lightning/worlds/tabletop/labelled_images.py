@@ -87,11 +87,10 @@ def labelled_image(seed: int, number: int, size: tuple[int, int]) -> tuple[Image
     camera = CAMERAS[rng.integers(len(CAMERAS))]
     task = list(TASKS)[rng.integers(len(TASKS))]
     world = Tabletop({camera: size}, DISTRACTORS)
-    observation = world.reset(task, int(rng.integers(2**40)))
+    world.reset(task, int(rng.integers(2**40)))
     expert = Expert(world, rng)
     for _ in range(rng.integers(LATEST_MOMENT)):
         world.act(expert.act())
-        observation = None
-    picture = (observation or world.observe()).images[camera]
+    picture = world.observe().images[camera]
     truth = ground_truth(world.scene, world.data, camera)
     return image_label(truth, f"{SOURCE}-{seed}-{number:06d}", rng, LEAST_VISIBLE), picture

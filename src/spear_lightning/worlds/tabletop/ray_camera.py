@@ -23,6 +23,11 @@ NOTHING = -1
 
 NO_CUTOFF_M = 1e10
 
+ENDLESS_M = 1e6
+"""The radius of a plane."""
+
+PLANE = mujoco.mjtGeom.mjGEOM_PLANE
+
 MOST_SPHERES = 8
 """At most so many spheres cover a geom."""
 
@@ -104,6 +109,7 @@ class RayCaster:
         # mj_multiRay can leave out geoms by their group alone: a copy of the model has groups that serve us.
         self._model = copy.copy(model)
         self._model.geom_group[:] = np.where(hidden, Part.HIDDEN, np.where(moving, Part.MOVING, Part.STATIC))
+        _grow_bounds(self._model)
         self._geom_K, self._local_K3, self._radius_K = _cover(model, np.flatnonzero(moving & ~hidden))
         self.static_geoms = np.flatnonzero(~moving & ~hidden)
 
@@ -160,8 +166,20 @@ class RayCaster:
         box_S6, axes_S33 = self._model.geom_aabb[geoms], data.geom_xmat[geoms].reshape(-1, 3, 3)
         middle_S3 = data.geom_xpos[geoms] + np.einsum("sij,sj->si", axes_S33, box_S6[:, :3])
         half_S3 = np.einsum("sij,sj->si", np.abs(axes_S33), box_S6[:, 3:])
-        half_S3[self._model.geom_type[geoms] == mujoco.mjtGeom.mjGEOM_PLANE] = np.inf
+        half_S3[self._model.geom_type[geoms] == PLANE] = np.inf
         return middle_S3 - half_S3, middle_S3 + half_S3
+
+
+def _grow_bounds(model: mujoco.MjModel) -> None:
+    # mj_multiRay passes over a body whose bounding box is missed, and that box holds only geoms that can collide.
+    # It looks at the ball around the box, so a ball around all geoms of the body is written there.
+    for body in range(model.nbody):
+        geoms = np.flatnonzero(model.geom_bodyid == body)
+        node = model.body_bvhadr[body]
+        if node >= 0 and len(geoms):
+            distances_m = np.linalg.norm(model.geom_pos[geoms] - model.body_ipos[body], axis=1)
+            radii_m = np.where(model.geom_type[geoms] == PLANE, ENDLESS_M, model.geom_rbound[geoms])
+            model.bvh_aabb[node] = 0, 0, 0, (distances_m + radii_m).max(), 0, 0
 
 
 def _cover(model: mujoco.MjModel, geoms: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

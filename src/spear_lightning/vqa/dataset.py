@@ -171,9 +171,13 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
             label, image_HW3 = self._sources[dataset].read(image)
         except BrokenImage as error:
             return self._masked(error, self._sources[dataset].label(image))
-        view, pixels = make_view(label, image_HW3, self._camera, self._views, rng)
         before = self._tokens.clamped
-        example = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
+        # A cut may leave nothing to ask about; then the image is shown as it is.
+        for views in (self._views, ViewRecipe.plain()):
+            view, pixels = make_view(label, image_HW3, self._camera, views, rng)
+            example = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
+            if example.pairs:
+                break
         self.without_questions += not example.pairs
         return _Sample(view, pixels, example, True, self._tokens.clamped - before)
 

@@ -40,6 +40,7 @@ class CoordinateAccuracy(Metric):
     """Share of the answers' 3D tokens that are predicted exactly, given the true tokens before them."""
 
     higher_is_better = True
+    full_state_update = False
     correct: Tensor
     total: Tensor
 
@@ -71,6 +72,7 @@ class AnswerMetrics(Metric):
         tokens: The 3D tokens.
     """
 
+    full_state_update = False
     sums: Tensor
     counts: Tensor
     parsed: Tensor

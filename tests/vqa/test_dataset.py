@@ -1,0 +1,305 @@
+"""Batches of questions: layout, determinism, resumption, bucketing by length, and what is counted."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from spear_lightning.batches import VqaBatch
+from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.labeling.store import LabelStore
+from spear_lightning.models.prompt import PromptTokenizer
+from spear_lightning.robot_data.dataset import EvenSamples
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.robot_data.mixture import SampleStream
+from spear_lightning.vqa.augment import ViewRecipe
+from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer
+from spear_lightning.vqa.dataset import LabelledImages, VqaDataset, split_labels
+from spear_lightning.vqa.loader import ResumableVqaLoader, open_loader
+from spear_lightning.vqa.mixture import TaskMixture, load_task, read_answers
+from spear_lightning.vqa.question_stream import QuestionStream
+from spear_lightning.vqa.text_layout import MULTIPLE, TextLayout
+
+CAMERA = CameraSpec(140, 98)
+BATCH = 4
+
+
+def make_dataset(
+    store: LabelStore,
+    tokens: CoordinateTokens,
+    tasks: dict[str, float],
+    window_batches: int = 4,
+    global_batch: int = BATCH,
+    **changes: Any,
+) -> VqaDataset:
+    prompt = PromptTokenizer()
+    prompt.add_tokens([f"<3d_{index:04d}>" for index in range(len(tokens.quantizer))])
+    mixture = TaskMixture(tasks)
+    whole = LabelledImages(store, np.arange(len(store)))
+    values: dict[str, Any] = {
+        "sources": [whole],
+        "finder": SampleStream([len(whole)], np.ones(1), seed=3),
+        "questions": QuestionStream(mixture, global_batch, seed=3, window_batches=window_batches),
+        "mixture": mixture,
+        "tokens": tokens,
+        "layout": TextLayout(prompt.vocabulary, len(tokens.quantizer), max_length=900),
+        "camera": CAMERA,
+        "views": ViewRecipe(),
+        "seed": 3,
+    }
+    return VqaDataset(**{**values, **changes})
+
+
+def assert_equal(found: VqaBatch, expected: VqaBatch) -> None:
+    for name in ("input_ids", "answer_mask", "coordinate_mask", "token_mask", "position", "intrinsics", "unit"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.images["primary"], expected.images["primary"])
+    assert found.answers == expected.answers
+
+
+def test_batches_are_laid_out_as_documented(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    dataset = make_dataset(demo_store, tokens, all_tasks)
+    batch = dataset.__getitems__(list(range(16)))
+    prompt = PromptTokenizer()
+    prompt.add_tokens([f"<3d_{index:04d}>" for index in range(1024)])
+    assert batch.images["primary"].shape == (16, 3, 98, 140)
+    assert batch.images["primary"].dtype == torch.uint8
+    assert batch.image_mask["primary"].all()
+    assert batch.input_ids.shape[1] % MULTIPLE == 0
+    assert batch.metric.all()
+    for row in range(len(batch)):
+        ids = batch.input_ids[row]
+        question = ids[batch.token_mask[row] & ~batch.answer_mask[row]].tolist()
+        answer = ids[batch.answer_mask[row]].tolist()
+        assert question[0] == 2
+        assert prompt.vocabulary.decode(question) == batch.questions[row] + "\n"
+        assert answer[-1] == 1
+        assert prompt.vocabulary.decode(answer) == batch.answers[row]
+        assert int(batch.coordinate_mask[row].sum()) == batch.answers[row].count("<3d_")
+        assert (ids[batch.coordinate_mask[row]] >= 259).all()
+        assert (ids[~batch.token_mask[row]] == 0).all()
+        tasks = [load_task(item.task) for item in batch.asked[row]]
+        assert 1 <= len(tasks) <= 4
+        found = read_answers(batch.answers[row], tasks, tokens, 98, 140)
+        for item, parsed in zip(batch.asked[row], found, strict=True):
+            assert parsed is not None
+            assert parsed.choice == item.choice
+            assert parsed.values.shape == item.values.shape
+    labels = batch.labels
+    assert ((labels == -100) == ~batch.answer_mask).all()
+    assert torch.equal(labels[batch.answer_mask], batch.input_ids[batch.answer_mask])
+    prompts, mask = batch.prompts()
+    assert torch.equal(prompts[mask], batch.input_ids[batch.token_mask & ~batch.answer_mask])
+    assert int(mask.sum()) == int((batch.token_mask & ~batch.answer_mask).sum())
+    assert mask[:, -1].any()
+
+
+def test_the_numbers_belong_to_the_pixels(demo_store: LabelStore, tokens: CoordinateTokens) -> None:
+    # Centres of boxes, read from the tokens and projected with the batch's camera, fall on pixels of their colour.
+    dataset = make_dataset(demo_store, tokens, {"spear_lightning.vqa.object_tasks.BoxVertices": 1.0})
+    hits, total = 0, 0
+    for start in range(0, 48, 16):
+        batch = dataset.__getitems__(list(range(start, start + 16)))
+        for row in range(16):
+            fx, fy, cx, cy = batch.intrinsics[row].tolist()
+            pixels = batch.images["primary"][row].float()
+            for question, item in zip(batch.questions[row].split("\n"), batch.asked[row], strict=True):
+                x, y, z = item.values.mean(0)
+                u, v = int(fx * x / z + cx), int(fy * y / z + cy)
+                if not (0 <= u < 140 and 0 <= v < 98):
+                    continue
+                red, green, blue = pixels[:, v, u].tolist()
+                spread = {
+                    "red": red - max(green, blue),
+                    "green": green - max(red, blue),
+                    "blue": blue - max(red, green),
+                    "yellow": min(red, green) - blue,
+                    "purple": min(red, blue) - green,
+                    "white": 40 - (max(red, green, blue) - min(red, green, blue)),
+                }
+                name = next(colour for colour in spread if f"{colour} box" in question)
+                hits += spread[name] > 5
+                total += 1
+    assert total > 60
+    # Some are hidden by others.
+    assert hits / total > 0.85
+
+
+def test_every_batch_is_a_function_of_its_place(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    first, second = (make_dataset(demo_store, tokens, all_tasks) for _ in range(2))
+    for start in (40, 0, 16):
+        places = list(range(start, start + BATCH))
+        assert_equal(first.__getitems__(places), second.__getitems__(places))
+    other = make_dataset(demo_store, tokens, all_tasks, seed=4)
+    assert other.__getitems__([0]).answers != first.__getitems__([0]).answers
+
+
+def test_a_cut_that_leaves_nothing_to_ask_about_is_taken_back(
+    demo_store: LabelStore, tokens: CoordinateTokens
+) -> None:
+    tasks = {"spear_lightning.vqa.object_tasks.Distance": 1.0}
+    nothing = ViewRecipe(smallest_cut=0.05, pad=0, flip=0, keep=1)
+    dataset = make_dataset(demo_store, tokens, tasks, views=nothing)
+    assert all(dataset.__getitems__(list(range(8))).answers)
+
+
+def test_bucketing_permutes_the_samples_and_saves_padding(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    def read(window_batches: int) -> tuple[list[int], float]:
+        dataset = make_dataset(demo_store, tokens, all_tasks, window_batches, global_batch=8)
+        batches = [dataset.__getitems__(list(range(start, start + 8))) for start in range(0, 16 * 8, 8)]
+        padding = sum(int((~batch.token_mask).sum()) for batch in batches)
+        cells = sum(batch.token_mask.numel() for batch in batches)
+        return [place for batch in batches for place in batch.position.tolist()], padding / cells
+
+    sorted_places, sorted_waste = read(16)
+    plain_places, plain_waste = read(1)
+    assert plain_places == list(range(128))
+    assert sorted(sorted_places) == plain_places
+    assert sorted_places != plain_places
+    assert sorted_waste < 0.7 * plain_waste
+
+
+def test_a_resumed_loader_continues_exactly_also_with_other_processes(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    dataset = make_dataset(demo_store, tokens, all_tasks)
+    whole = ResumableVqaLoader(dataset, BATCH, epoch_batches=3, data="same")
+    batches = list(whole) + list(whole) + list(whole)
+    assert len(batches) == 9
+    interrupted = ResumableVqaLoader(dataset, BATCH, epoch_batches=3, data="same")
+    for _ in itertools.islice(interrupted, 2):
+        pass
+    state = interrupted.state_dict()
+    resumed = ResumableVqaLoader(dataset, BATCH, epoch_batches=3, data="same")
+    resumed.load_state_dict(state)
+    rest = list(resumed) + list(resumed)
+    assert len(rest) == 4
+    for found, expected in zip(rest, batches[2:], strict=False):
+        assert_equal(found, expected)
+    halves = [ResumableVqaLoader(dataset, BATCH // 2, 3, rank, 2, data="same") for rank in range(2)]
+    for half in halves:
+        half.load_state_dict(state)
+    parts = [next(iter(half)) for half in halves]
+    assert [answer for part in parts for answer in part.answers] == batches[2].answers
+    for change in ({"data": "other"}, {"global_batch_size": 8}):
+        with pytest.raises(CheckpointError, match="other questions"):
+            resumed.load_state_dict({**state, **change})
+
+
+@pytest.mark.slow
+def test_workers_read_the_same(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    dataset = make_dataset(demo_store, tokens, all_tasks)
+    alone = ResumableVqaLoader(dataset, BATCH, epoch_batches=3)
+    helped = ResumableVqaLoader(dataset, BATCH, epoch_batches=3, num_workers=2)
+    for found, expected in zip(helped, alone, strict=True):
+        assert_equal(found, expected)
+
+
+def test_validation_reads_all_places_once(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    training, held_out = split_labels(demo_store, 0.2, seed=0)
+    assert (len(training), len(held_out)) == (48, 12)
+    assert set(training.indices).isdisjoint(held_out.indices)
+    assert training.fingerprint() != held_out.fingerprint()
+    dataset = make_dataset(
+        demo_store,
+        tokens,
+        all_tasks,
+        window_batches=1,
+        sources=[held_out],
+        finder=EvenSamples([12], 12),
+        views=ViewRecipe.plain(),
+    )
+    loader = open_loader(dataset, [list(range(start, start + 6)) for start in (0, 6)])
+    for _ in range(2):
+        batches = list(loader)
+        assert [batch.position.tolist() for batch in batches] == [list(range(6)), list(range(6, 12))]
+    with pytest.raises(ConfigError, match="left to train on"):
+        split_labels(demo_store, 0.999, seed=0)
+
+
+def test_images_without_anything_to_ask_are_counted_and_not_predicted(
+    demo_store: LabelStore, tokens: CoordinateTokens
+) -> None:
+    tasks = {"spear_lightning.vqa.object_tasks.Relation": 1.0}
+    # A narrow strip rarely shows two whole objects.
+    dataset = make_dataset(demo_store, tokens, tasks, camera=CameraSpec(42, 98), views=ViewRecipe.plain())
+    batch = dataset.__getitems__(list(range(8)))
+    empty = [not answer for answer in batch.answers]
+    assert dataset.without_questions == sum(empty) > 0
+    for row, is_empty in enumerate(empty):
+        if is_empty:
+            assert not batch.answer_mask[row].any()
+            assert batch.asked[row] == []
+            assert batch.input_ids[row][batch.token_mask[row]].tolist() == [2, 13]
+
+
+def test_clamped_numbers_are_counted(demo_store: LabelStore) -> None:
+    tight = CoordinateTokens(Quantizer.uniform(-0.05, 0.05))
+    tasks = {"spear_lightning.vqa.object_tasks.Distance": 1.0}
+    batch = make_dataset(demo_store, tight, tasks).__getitems__(list(range(8)))
+    assert batch.clamped.tolist() == [len(questions) for questions in batch.asked]
+
+
+def test_questions_that_do_not_fit_are_left_out_whole(
+    demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    prompt = PromptTokenizer()
+    prompt.add_tokens([f"<3d_{index:04d}>" for index in range(1024)])
+    layout = TextLayout(prompt.vocabulary, 1024, max_length=200)
+    dataset = make_dataset(demo_store, tokens, all_tasks, layout=layout)
+    batch = dataset.__getitems__(list(range(16)))
+    assert batch.input_ids.shape[1] <= 208
+    assert int(batch.token_mask.sum(1).max()) <= 200
+    assert layout.dropped > 0
+    for row in range(16):
+        tasks = [load_task(item.task) for item in batch.asked[row]]
+        if tasks:
+            assert None not in read_answers(batch.answers[row], tasks, tokens, 98, 140)
+
+
+def test_tokenizers_that_cannot_write_answers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="several ids each"):
+        TextLayout(PromptTokenizer().vocabulary, 1024)
+
+
+def test_a_broken_image_is_masked(
+    demo_folder: Path, tmp_path: Path, tokens: CoordinateTokens, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in demo_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    images = tmp_path / "labels-00000.images"
+    data = bytearray(images.read_bytes())
+    data[:3] = b"xxx"
+    images.write_bytes(bytes(data))
+    store = LabelStore(tmp_path)
+    tasks = {"spear_lightning.vqa.object_tasks.Distance": 1.0}
+    whole = LabelledImages(store, np.arange(4))
+    dataset = make_dataset(
+        store,
+        tokens,
+        tasks,
+        sources=[whole],
+        finder=EvenSamples([4], 4),
+        window_batches=1,
+        views=ViewRecipe.plain(),
+    )
+    batch = dataset.__getitems__([0, 1, 2, 3])
+    assert batch.image_mask["primary"].tolist() == [False, True, True, True]
+    assert not batch.answer_mask[0].any()
+    assert dataset.broken_images == 1
+    assert "demo-000000" in caplog.text

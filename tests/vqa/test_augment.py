@@ -169,6 +169,14 @@ def test_colours_change_and_geometry_does_not() -> None:
     assert (grey[0].double() - expected).abs().max() < 0.51
     assert recolour(image, 1, 0.5, 1).double().std() < 0.55 * image.double().std()
     assert recolour(image, 1.3, 1, 1).dtype == torch.uint8
+    # Step by step, as documented.
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    step = image * 0.8
+    middle = (step * weights).sum(0).mean()
+    step = middle + (step - middle) * 1.2
+    plain = (step * weights).sum(0, keepdim=True)
+    step = (plain + (step - plain) * 1.3).clamp(0, 255)
+    assert (recolour(image, 0.8, 1.2, 1.3).float() - step).abs().max() < 0.51
     label, image_HW3 = SCENES[3]
     views = [
         make_view(label, image_HW3, CameraSpec(140, 98), recipe, np.random.default_rng(5))

@@ -95,6 +95,11 @@ def is_mask(column_path: str) -> bool:
     return column_path.startswith("objects.") and ".mask." in column_path
 
 
+def is_name(column_path: str) -> bool:
+    """Return whether a Parquet column holds the names of objects."""
+    return column_path.startswith("objects.") and column_path.endswith(".name")
+
+
 def to_row(label: ImageLabel, place: ImagePlace) -> dict[str, Any]:
     """Return the row of a label whose image lies at `place`."""
     camera = label.intrinsics

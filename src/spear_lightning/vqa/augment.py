@@ -223,10 +223,9 @@ def recolour(pixels_3HW: Tensor, brightness: float, contrast: float, saturation:
     """
     if brightness == contrast == saturation == 1:
         return pixels_3HW
-    colour = pixels_3HW.to(torch.float32) * brightness
-    grey = torch.tensor(GREY).view(3, 1, 1)
-    middle = (colour * grey).sum(0).mean()
-    colour = middle + (colour - middle) * contrast
-    plain = (colour * grey).sum(0, keepdim=True)
-    colour = plain + (colour - plain) * saturation
-    return colour.round_().clamp_(0, 255).to(torch.uint8)
+    # The three steps written out: each is a mixture of the pixel, its grey, and the mean grey of the image.
+    colour = pixels_3HW.to(torch.float32)
+    grey_HW = torch.tensordot(torch.tensor(GREY), colour, dims=1)
+    gain = brightness * contrast
+    added_HW = grey_HW * ((1 - saturation) * gain) + grey_HW.mean() * (brightness - gain)
+    return colour.mul_(saturation * gain).add_(added_HW).round_().clamp_(0, 255).to(torch.uint8)

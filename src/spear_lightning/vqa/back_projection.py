@@ -21,7 +21,6 @@ class BackProjection(Task):
     """
 
     objects = 1
-    typical_tokens = 50
     templates = (
         "Where in the image are the vertices of the 3D box of the {name}?",
         "Project the 3D box of the {name} into the image.",

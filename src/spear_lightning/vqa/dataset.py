@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,72 +10,18 @@ import numpy as np
 import torch
 
 from spear_lightning.batches import TrueAnswer, VqaBatch
-from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.records import ImageLabel
-from spear_lightning.labeling.store import LabelStore
 from spear_lightning.robot_data.dataset import FindsSamples
 from spear_lightning.robot_data.images import BrokenImage, CameraSpec
 from spear_lightning.vqa.augment import ViewRecipe, make_view
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
+from spear_lightning.vqa.labelled_images import LabelledImages
 from spear_lightning.vqa.mixture import Example, TaskMixture
 from spear_lightning.vqa.question_stream import QuestionStream
 from spear_lightning.vqa.task import Scene
 from spear_lightning.vqa.text_layout import TextLayout
 
 log = logging.getLogger(__name__)
-
-
-class LabelledImages:
-    """Some images of a label store.
-
-    Args:
-        store: The labels.
-        indices: Which of them.
-    """
-
-    def __init__(self, store: LabelStore, indices: np.ndarray) -> None:
-        self.store, self.indices = store, indices
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.indices)
-
-    def read(self, index: int) -> tuple[ImageLabel, np.ndarray]:
-        """Return a label and its image (see `LabelStore.read`)."""
-        return self.store.read(int(self.indices[index]))
-
-    def label(self, index: int) -> ImageLabel:
-        """Return a label."""
-        return self.store[int(self.indices[index])]
-
-    def fingerprint(self) -> str:
-        """Return a short hash of which labels these are."""
-        return hashlib.sha256(self.store.fingerprint().encode() + self.indices.tobytes()).hexdigest()[:16]
-
-
-def split_labels(store: LabelStore, holdout: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Divide the images of a store at random into those trained on and those held out.
-
-    Frames of one video look alike: hold such data out by folders of their own.
-
-    Args:
-        store: The labels.
-        holdout: Share that is held out, in [0, 1).
-        seed: Of the choice.
-
-    Raises:
-        ConfigError: If nothing would be left to train on.
-    """
-    held = round(len(store) * holdout)
-    if not 0 <= holdout < 1 or held >= len(store):
-        raise ConfigError(
-            "No labelled images are left to train on",
-            where="data.holdout",
-            found=f"{holdout} of {len(store)} images",
-            expected="a share in [0, 1)",
-        )
-    shuffled = np.random.default_rng([seed, 2]).permutation(len(store))
-    return LabelledImages(store, np.sort(shuffled[held:])), LabelledImages(store, np.sort(shuffled[:held]))
 
 
 class _Sample(NamedTuple):

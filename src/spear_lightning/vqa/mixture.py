@@ -96,10 +96,23 @@ class TaskMixture:
         pairs = rng.integers(1, self._max_pairs + 1, count)
         return np.where(np.arange(self._max_pairs) < pairs[:, None], drawn, -1)
 
-    def planned_tokens(self, plans: np.ndarray) -> np.ndarray:
-        """Return about how many tokens planned examples (count, max_pairs) will have, int64 (count,)."""
-        typical = np.array([*(task.typical_tokens for task in self.tasks), 0])
-        return typical[plans].sum(-1)
+    def fitted(self, plans: np.ndarray, available: np.ndarray) -> np.ndarray:
+        """Leave out of plans the tasks for which an image has no objects left.
+
+        Args:
+            plans: (count, max_pairs) numbers of tasks.
+            available: (count,) how many objects of each image can be asked about.
+
+        Returns:
+            The plans, with -1 where a task is left out; the first one stays, since others may take its place.
+        """
+        needed = np.array([*(task.objects for task in self.tasks), 0])[plans]
+        kept, left = plans.copy(), available - needed[:, 0]
+        for place in range(1, plans.shape[1]):
+            fits = needed[:, place] <= left
+            kept[~fits, place] = -1
+            left = left - np.where(fits, needed[:, place], 0)
+        return kept
 
     def ask(self, scene: Scene, plan: Sequence[int], rng: np.random.Generator) -> Example:
         """Ask the planned tasks about a scene, each about objects that no other has asked about.

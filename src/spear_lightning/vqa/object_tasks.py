@@ -53,7 +53,6 @@ class KeyPoints(AnyObject):
     """The closest, the furthest and the centre point of an object."""
 
     objects = 1
-    typical_tokens = 35
     templates = (
         "What are the closest, furthest and center point of the {name}?",
         "Give the 3D coordinates of the closest, the furthest and the center point of the {name}.",
@@ -85,7 +84,6 @@ class BoxVertices(AnyObject):
     """The eight vertices of an object's oriented 3D box, in canonical order."""
 
     objects = 1
-    typical_tokens = 40
     templates = (
         "What are the eight vertices of the 3D bounding box of the {name}?",
         "Detect the {name} in 3D.",
@@ -123,7 +121,6 @@ class Relation(AnyObject):
     """The x, y and z components of the way from one object's centre to another's."""
 
     objects = 2
-    typical_tokens = 30
     templates = (
         "How far is the {second} from the {first} along x, y and z?",
         "Give the x, y and z components of the distance from the {first} to the {second}.",
@@ -153,7 +150,6 @@ class Distance(AnyObject):
     """The distance from the camera to the centre of an object."""
 
     objects = 1
-    typical_tokens = 14
     templates = (
         "How far is the {name} from the camera?",
         "What is the distance to the {name}?",
@@ -182,7 +178,6 @@ class Closer(Distance):
     """Which of two objects is closer, answered step by step: one distance, the other, the conclusion."""
 
     objects = 2
-    typical_tokens = 45
     templates = (
         "Which is closer to the camera, the {first} or the {second}?",
         "Is the {first} or the {second} closer? Think step by step.",
@@ -229,7 +224,6 @@ class RandomPixels(Task):
     """
 
     objects = 0
-    typical_tokens = 35
     templates = (
         "What are the 3D coordinates of the pixels {pixels}?",
         "Give the 3D points seen at {pixels}.",

@@ -9,6 +9,7 @@ place): the same for any number of processes and workers, and exactly resumable.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +41,22 @@ class QuestionStream:
         global_batch_size: Samples of a step over all processes.
         seed: Of the plans and the order.
         window_batches: Batches whose samples are sorted by length together; 1 sorts nothing.
+        lengths: (tasks,) tokens of one question and answer of each task (`measure_lengths`); default: all alike.
+        available: Places in the stream of images (n,) -> (n,) how many objects can be asked about; default: many.
 
     Raises:
         ConfigError: If a size is not positive.
     """
 
-    def __init__(self, mixture: TaskMixture, global_batch_size: int, seed: int, window_batches: int = 32) -> None:
+    def __init__(
+        self,
+        mixture: TaskMixture,
+        global_batch_size: int,
+        seed: int,
+        window_batches: int = 32,
+        lengths: np.ndarray | None = None,
+        available: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
         if min(global_batch_size, window_batches) < 1:
             raise ConfigError(
                 "Batches and windows hold at least one sample",
@@ -54,6 +65,10 @@ class QuestionStream:
             )
         self._mixture, self._seed = mixture, seed
         self._batch, self._batches = global_batch_size, window_batches
+        lengths = np.ones(len(mixture.tasks)) if lengths is None else np.asarray(lengths, np.float64)
+        # The last one is that of number -1: no task.
+        self._lengths = np.append(lengths, 0.0)
+        self._available = available
         self._cache: OrderedDict[int, Window] = OrderedDict()
 
     def __getitem__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,12 +91,15 @@ class QuestionStream:
         if number in self._cache:
             return self._cache[number]
         rng = np.random.default_rng([self._seed, 1, number])
-        plans = self._mixture.plan(self._batch * self._batches, rng)
+        size = self._batch * self._batches
+        plans = self._mixture.plan(size, rng)
+        if self._available is not None:
+            plans = self._mixture.fitted(plans, self._available(number * size + np.arange(size)))
         order = np.arange(len(plans))
         if self._batches > 1:
             # Equally long ones in random order; then batches of like ones, in random order.
             shuffled = rng.permutation(len(plans))
-            length = self._mixture.planned_tokens(plans[shuffled])
+            length = self._lengths[plans[shuffled]].sum(-1)
             batches = shuffled[np.argsort(length, kind="stable")].reshape(self._batches, self._batch)
             # Within a batch too: each process takes a part of it.
             batches = rng.permuted(batches, axis=1)

@@ -80,12 +80,10 @@ class Task(ABC):
 
     Attributes:
         objects: How many objects a question is about.
-        typical_tokens: About how many tokens question and answer have, for sorting by length.
         templates: Wordings of the question, with places for what `ask` fills in.
     """
 
     objects: ClassVar[int]
-    typical_tokens: ClassVar[int]
     templates: ClassVar[tuple[str, ...]]
 
     @abstractmethod

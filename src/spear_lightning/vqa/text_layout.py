@@ -86,10 +86,14 @@ class TextLayout:
 
     def shortened(self, example: Example) -> Example:
         """Return an example without its last questions, as many as it is too long by: answers are never cut."""
-        while example.pairs and sum(map(len, self._rows([example])[0])) > self._max_length:
+        while example.pairs and self.length(example) > self._max_length:
             example = Example(example.pairs[:-1])
             self.dropped += 1
         return example
+
+    def length(self, example: Example) -> int:
+        """Return the number of tokens of an example without padding."""
+        return sum(map(len, self._rows([example])[0]))
 
     def lay_out(self, examples: Sequence[Example]) -> TextRows:
         """Return the texts of examples as a batch, padded to the longest.

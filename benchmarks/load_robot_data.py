@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import math
 import os
 import platform
@@ -20,11 +21,12 @@ import sys
 import tempfile
 import time
 import venv
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contender import HEADER, Contender, markdown
+from loading_comparison import COPIES, Comparison
 from measure import run_measured
 from rich.console import Console
 from rich.table import Table
@@ -32,57 +34,10 @@ from robot_episodes import film, scenes, write_episodes
 
 HERE = Path(__file__).resolve().parent
 TENSORFLOW = ("tensorflow-cpu>=2.15,<2.22", "psutil")
-GOAL = 5.0
 BATCH = 32
-COPIES = 8
-OPENVLA_BUFFER = 256_000
 SAME_NUMBERS, SAME_LEVELS = 1e-4, 3.0
 
 console = Console(width=120)
-
-
-@dataclass
-class Contender:
-    """One way to load, and what was measured of it in one or more rounds."""
-
-    name: str
-    command: list[str]
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-
-    def measure(self) -> None:
-        """Run once more."""
-        with console.status(self.name):
-            self.rounds.append(run_measured(self.command))
-
-    def median(self, key: str) -> float:
-        """Return the median over rounds of a figure."""
-        return statistics.median(measured[key] for measured in self.rounds)
-
-    @property
-    def windows(self) -> list[float]:
-        """Samples/s of all windows of all rounds."""
-        return [rate for measured in self.rounds for rate in measured["windows"]]
-
-    @property
-    def rate(self) -> float:
-        """Median samples/s."""
-        return statistics.median(self.windows)
-
-    def row(self) -> list[str]:
-        """Return the figures for the table."""
-        first = self.rounds[0]["first_batch_s"]
-        return [
-            self.name,
-            f"{self.rate:,.0f}",
-            f"{min(self.windows):,.0f}-{max(self.windows):,.0f}",
-            f"{self.median('cpu_ms'):.2f}",
-            "-" if first is None else f"{self.median('first_batch_s'):.1f}",
-            f"{self.median('rss_mb'):,.0f}",
-            f"{self.median('pss_mb'):,.0f}",
-        ]
-
-
-HEADER = ["loader", "samples/s", "windows", "CPU ms/sample", "first batch s", "peak RSS MB", "peak PSS MB"]
 
 
 def tensorflow_python(folder: Path) -> str:
@@ -133,13 +88,18 @@ class Bench:
         """Return the command for tf.data."""
         return [*self._tensorflow, "--data", str(self.folder / data), *more]
 
-    def load(self, name: str, data: str, workers: int) -> Contender:
-        """Return our loader with some workers."""
-        return Contender(name, self.ours("load", data, "--workers", str(workers), *self._timing))
+    def load(self, name: str, data: str, *more: str) -> Contender:
+        """Return our loader, e.g. with some workers."""
+        return Contender(name, self.ours("load", data, *more, *self._timing))
 
     def load_tfdata(self, name: str, data: str, buffer: int, *more: str) -> Contender:
-        """Return tf.data with some shuffle buffer."""
+        """Return tf.data with some shuffle buffer, tuned."""
         return Contender(name, self.tfdata(data, "--buffer", str(buffer), *self._timing, *more))
+
+    def load_octo(self, name: str, data: str, buffer: int, *more: str) -> Contender:
+        """Return tf.data as Octo and OpenVLA put it together."""
+        python, _, *common = self.tfdata(data, "--buffer", str(buffer), *self._timing, *more)
+        return Contender(name, [python, str(HERE / "octo_pipeline.py"), *common])
 
     def limit(self, name: str) -> Contender:
         """Return what decoding and resizing alone reach."""
@@ -172,74 +132,6 @@ class Bench:
         return text
 
 
-def compare(bench: Bench) -> tuple[list[Contender], list[str]]:
-    """Measure everything; returns the rows and what follows from them."""
-    cores, frames = bench.options.cores, bench.frames
-    ours = bench.load(f"ours, {cores} workers", "once", cores)
-    tfdata = bench.load_tfdata(f"tf.data, buffer {frames:,}", "once", frames)
-    limit = bench.limit(f"decode + resize alone, {cores} processes")
-    # In turns: other work on the machine then disturbs all alike.
-    for _ in range(bench.options.rounds):
-        for contender in (limit, ours, tfdata):
-            contender.measure()
-    many = bench.load(f"ours, {cores} workers, {COPIES}x the episodes", "many", cores)
-    full = bench.load_tfdata(
-        f"tf.data, {COPIES}x the episodes, buffer {COPIES * frames:,}", "many", COPIES * frames
-    )
-    lanczos = bench.load_tfdata("tf.data, Lanczos as Octo and OpenVLA", "once", frames, "--resize", "lanczos3")
-    others = [bench.load("ours, in-process", "once", 0), lanczos, many, full]
-    if cores > 1:
-        others.insert(0, bench.load("ours, 1 worker", "once", 1))
-    for contender in others:
-        contender.measure()
-    split = others.index(lanczos)
-    return [limit, ours, *others[:split], many, tfdata, full, lanczos], [
-        *ratios(ours, tfdata, limit),
-        f"Against tf.data with the Lanczos filter that Octo and OpenVLA use: {ours.rate / lanczos.rate:.2f}x; by "
-        f"CPU time {lanczos.median('cpu_ms') / ours.median('cpu_ms'):.2f}x.",
-        *memory(ours, many, tfdata, full, frames),
-    ]
-
-
-def ratios(ours: Contender, tfdata: Contender, limit: Contender) -> list[str]:
-    """Say how our loader stands to tf.data and to the limit."""
-
-    def paired(a: Contender, b: Contender) -> tuple[float, str]:
-        # Round by round: medians over all rounds would compare a quiet one of a with a busy one of b.
-        rounds = zip(a.rounds, b.rounds, strict=True)
-        each = [statistics.median(x["windows"]) / statistics.median(y["windows"]) for x, y in rounds]
-        cpu = b.median("cpu_ms") / a.median("cpu_ms")
-        ratio = statistics.median(each)
-        return (
-            ratio,
-            f"{ratio:.2f}x ({min(each):.2f}-{max(each):.2f} over {len(each)} rounds), {cpu:.2f}x by CPU time",
-        )
-
-    ratio, text = paired(ours, tfdata)
-    share, share_text = paired(ours, limit)
-    return [
-        f"Ours / tf.data: {text}. The goal of {GOAL:g}x is {'met' if ratio >= GOAL else 'not met'}.",
-        f"Ours / decode and resize alone: {share_text}; that is {100 * (1 - share):.0f} % below this limit.",
-        f"Decode and resize alone / tf.data: {paired(limit, tfdata)[1]}: more than a loader that decodes and "
-        "resizes like this can reach.",
-    ]
-
-
-def memory(ours: Contender, many: Contender, tfdata: Contender, full: Contender, frames: int) -> list[str]:
-    """Say how memory and start-up grow with the data."""
-    added = (COPIES - 1) * frames
-    kilobytes = (full.median("rss_mb") - tfdata.median("rss_mb")) * 1000 / added
-    start = (full.median("first_batch_s") - tfdata.median("first_batch_s")) / added
-    more = many.median("rss_mb") - ours.median("rss_mb")
-    return [
-        f"{COPIES}x the episodes: ours {more:+.0f} MB ({more * 1000 / added:.1f} kB a frame); tf.data, with a "
-        f"buffer of all frames, {kilobytes * added / 1000:+,.0f} MB ({kilobytes:.1f} kB a frame).",
-        f"At OpenVLA's buffer of {OPENVLA_BUFFER:,} frames that would be about "
-        f"{kilobytes * OPENVLA_BUFFER / 1e6:.0f} GB a process and {start * OPENVLA_BUFFER:.0f} s to fill it "
-        "(extrapolated, files in the page cache).",
-    ]
-
-
 def machine(cores: int, results: list[dict[str, Any]]) -> str:
     """Describe the processor and the versions."""
     info = Path("/proc/cpuinfo")
@@ -254,18 +146,18 @@ def machine(cores: int, results: list[dict[str, Any]]) -> str:
 
 
 def code_version() -> str:
-    """Return the commit that is measured, and whether the package differs from it: people edit while runs last."""
-    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "src"])
+    """Return the commit of the code that is measured, and whether files differ from it: people edit meanwhile."""
+    code = [f"src/spear_lightning/{part}" for part in ("robot_data", "geometry", "batches.py")]
+    commands = (["log", "-1", "--format=%h", "--", *code], ["status", "--porcelain", *code])
     answers = [subprocess.run(["git", "-C", HERE.parent, *c], capture_output=True, text=True) for c in commands]
     if any(answer.returncode for answer in answers):
         return "unknown (no git checkout)"
     commit, changes = (answer.stdout.strip() for answer in answers)
-    return f"commit {commit}" + (", with uncommitted changes in src" if changes else "")
+    return f"commit {commit}" + (", with uncommitted changes" if changes else "")
 
 
-def report(rows: list[Contender], facts: list[str], options: argparse.Namespace) -> str:
+def report(rows: list[Contender], comparison: Comparison, facts: list[str], options: argparse.Namespace) -> str:
     """Return the Markdown file."""
-    table = [HEADER, ["---"] * len(HEADER), *(contender.row() for contender in rows)]
     today = datetime.date.today().isoformat()
     command = shlex.join(["python", "benchmarks/load_robot_data.py", *sys.argv[1:]])
     return "\n".join(
@@ -274,7 +166,11 @@ def report(rows: list[Contender], facts: list[str], options: argparse.Namespace)
             "",
             *(f"- {fact}" for fact in facts),
             "",
-            *("| " + " | ".join(cells) + " |" for cells in table),
+            *markdown(HEADER, [row.row() for row in rows]),
+            "",
+            "How many times as fast, by samples/s (in brackets: by CPU time per sample); a column per reference:",
+            "",
+            *markdown(comparison.ratio_header(), comparison.ratio_rows()),
             "",
             f"Command: `{command}`. What the columns mean: [README](../README.md#load_robot_data).",
             "",
@@ -282,14 +178,21 @@ def report(rows: list[Contender], facts: list[str], options: argparse.Namespace)
     )
 
 
+def new_result(cores: int) -> Path:
+    """Return a file for today's result that does not exist yet."""
+    name = f"{datetime.date.today().isoformat()}_load_robot_data_{cores}cores"
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(path for path in (HERE / "results" / f"{each}.md" for each in names) if not path.exists())
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=60)
     parser.add_argument("--steps", type=int, default=40, help="steps of an episode, at least 8")
     parser.add_argument(
-        "--seconds", type=float, default=4, help="measured time of every run, after 2 s of warm-up"
+        "--seconds", type=float, default=3, help="measured time of every run, after 2 s of warm-up"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of the contenders that are compared")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of the contenders that are compared")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--output", type=Path, help="default: results/DATE_load_robot_data_Ncores.md")
     parser.add_argument(
@@ -318,10 +221,12 @@ def main() -> int:
             data = bench.make_data()
             same = bench.check()
         console.print(f"Same work: {same}.")
-        rows, findings = compare(bench)
+        comparison = Comparison(bench)
+        comparison.measure(options.rounds)
+    rows, findings = comparison.rows(), comparison.findings()
     results = [measured for contender in rows for measured in contender.rounds]
     if version != code_version():
-        raise RuntimeError("The package was changed during the run: its figures belong to no version")
+        version += f"; CHANGED DURING THE RUN to {code_version()}: the figures belong to no version"
     facts = [
         f"Code: {version}.",
         f"Machine: {machine(options.cores, results)}.",
@@ -335,12 +240,15 @@ def main() -> int:
     for contender in rows:
         table.add_row(*contender.row())
     console.print(table)
+    ratios = Table(*comparison.ratio_header())
+    for cells in comparison.ratio_rows():
+        ratios.add_row(*cells)
+    console.print(ratios)
     for fact in facts:
         console.print(f"- {fact}", highlight=False)
-    name = f"{datetime.date.today().isoformat()}_load_robot_data_{options.cores}cores.md"
-    output = options.output or HERE / "results" / name
+    output = options.output or new_result(options.cores)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report(rows, facts, options))
+    output.write_text(report(rows, comparison, facts, options))
     console.print(f"written: {output}")
     return 0
 

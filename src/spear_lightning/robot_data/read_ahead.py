@@ -275,6 +275,8 @@ class ThreadReader:
 
     def _read(self, batch: RobotBatch, places: list[int]) -> RobotBatch:
         if not hasattr(self._own, "dataset"):
+            # Of this thread alone: it shall not wake others for small tensors.
+            torch.set_num_threads(1)
             # Open files belong to a data set: each thread gets its own.
             self._own.dataset = copy.deepcopy(self._dataset)
         self._own.dataset.fill(batch, places)

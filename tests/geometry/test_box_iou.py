@@ -115,3 +115,21 @@ def test_nearly_parallel_faces_and_flat_boxes() -> None:
     assert box_iou(cube, flat).item() == 0
     nothing = OrientedBox(torch.zeros(0, 3), torch.zeros(0, 4), torch.zeros(0, 3))
     assert box_iou(nothing, nothing).shape == (0,)
+
+
+def test_faces_that_coincide_up_to_float32_rounding() -> None:
+    # A box fitted to the seen part of another shares faces with it, up to the rounding of stored numbers.
+    outer = random_boxes(300, 7)
+    shrunk = outer.extents * (0.6 + 0.4 * torch.rand((300, 3), generator=torch.Generator().manual_seed(8)))
+    shift = quaternions.rotate(outer.quaternion, (outer.extents - shrunk) / 2)
+    for noise in (0.0, 1e-8, 1e-7):
+        generator = torch.Generator().manual_seed(9)
+        turn = noise * torch.randn((300, 3), generator=generator, dtype=torch.float64)
+        rotation = quaternions.multiply(quaternions.from_rotvec(turn), outer.quaternion)
+        inner = OrientedBox(outer.centre + shift, rotation, shrunk)
+        stored = [
+            OrientedBox(box.centre.float(), box.quaternion.float(), box.extents.float()) for box in (outer, inner)
+        ]
+        expected = (shrunk / outer.extents).prod(-1)
+        torch.testing.assert_close(box_iou(stored[0], stored[1]), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(box_iou(stored[1], stored[0]), expected, atol=1e-5, rtol=0)

@@ -65,7 +65,7 @@ def iou(item: ObjectLabel, other: ObjectLabel) -> float:
 
 
 @pytest.mark.parametrize(
-    ("noise", "outliers", "least"), [(0.0, 0.0, 0.9), (0.0, 0.005, 0.85), (0.0005, 0.0, 0.75)]
+    ("noise", "outliers", "least"), [(0.0, 0.0, 0.99), (0.0, 0.005, 0.98), (0.0005, 0.0, 0.75)]
 )
 def test_fitted_boxes_agree_with_the_true_ones(noise: float, outliers: float, least: float) -> None:
     rng = np.random.default_rng(0)
@@ -83,6 +83,8 @@ def test_fitted_boxes_agree_with_the_true_ones(noise: float, outliers: float, le
             found.append(iou(fitted, item))
     assert len(found) > 30
     assert np.median(found) > least
+    # Not the median alone: those that fail are hidden, or seen from one side.
+    assert np.quantile(found, 0.15) > 0.85 * least
 
 
 def test_a_known_box_is_kept_and_key_points_are_the_surface_s() -> None:

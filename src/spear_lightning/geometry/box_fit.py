@@ -25,6 +25,12 @@ MIN_POINTS = 4
 ALMOST_SMALLEST = 1.15
 """Boxes up to this many times the least volume are compared by more than their volume."""
 
+SLANTED = 4.0
+"""Points this many times sparser than usual may still be a surface seen at a grazing angle."""
+
+SAME = 0.01
+"""Frames whose axes differ by less are not compared."""
+
 CANDIDATES = 1000
 """Boxes that are compared so, at most."""
 
@@ -64,7 +70,8 @@ def inliers(
     Args:
         points_N3: (N, 3) points, finite, any unit.
         neighbours: Nearest neighbours of a point that are looked at.
-        ratio: Robust standard deviations above the median at which a point is left out.
+        ratio: Robust standard deviations above the median at which a point is left out, if it is also `SLANTED`
+            times sparser than usual.
         max_points: Points measured; larger clouds are thinned evenly, and left-out points belong to no box.
 
     Returns:
@@ -84,7 +91,7 @@ def inliers(
     spacing = np.log(np.maximum(distances[:, 1:].mean(1), np.finfo(np.float64).tiny))
     middle = np.median(spacing)
     spread = 1.4826 * np.median(np.abs(spacing - middle))
-    keep[chosen] = spacing <= middle + ratio * max(spread, 0.1)
+    keep[chosen] = spacing <= middle + np.maximum(ratio * spread, math.log(SLANTED))
     return keep
 
 
@@ -198,8 +205,12 @@ def _candidates(hull: _Hull, min_extent: float) -> tuple[np.ndarray, np.ndarray]
 def _best(axes: np.ndarray, extents: np.ndarray, hull: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Return the frame (3, 3) with the least score (see `fit_box`) of frames (M, 3, 3) with extents (M, 3)."""
     volumes = extents.prod(-1)
-    chosen = np.argsort(volumes, kind="stable")[:CANDIDATES]
-    chosen = chosen[volumes[chosen] <= volumes[chosen[0]] * ALMOST_SMALLEST]
+    chosen = np.flatnonzero(volumes <= volumes.min() * ALMOST_SMALLEST)
+    chosen = chosen[np.argsort(volumes[chosen], kind="stable")]
+    upright = canonical_axes(torch.from_numpy(axes[chosen]))
+    # A flat face of the hull is many triangles, which all propose the same box.
+    different = np.sort(_first_of_each(upright.numpy()))[:CANDIDATES]
+    chosen, upright = chosen[different], upright[torch.from_numpy(different)]
     axes, extents, volumes = axes[chosen], extents[chosen], volumes[chosen]
     points = points[np.linspace(0, len(points) - 1, min(len(points), SUPPORT_POINTS)).astype(np.int64)]
     # Local coordinates (M, 3, S) and, per axis, the distance from the nearer of the two faces across it.
@@ -208,9 +219,15 @@ def _best(axes: np.ndarray, extents: np.ndarray, hull: np.ndarray, points: np.nd
     middle = (outer.min(-1) + outer.max(-1)) / 2
     depth = extents[..., None] / 2 - np.abs(local - middle[..., None])
     support = np.abs(depth).min(1).mean(-1) / np.cbrt(volumes)
-    upright = canonical_axes(torch.from_numpy(axes))
     alignment = (upright * reference_axes(upright)).sum((-1, -2)).numpy()
     return axes[(np.log(volumes) + support - UPRIGHT * alignment).argmin()]
+
+
+def _first_of_each(frames: np.ndarray) -> np.ndarray:
+    """Return the place of the first of all frames (M, 3, 3) that are the same to about half a degree."""
+    steps = np.rint(frames[:, :, :2].reshape(-1, 6) / SAME).astype(np.int64) + round(1 / SAME)
+    keys = steps @ (2 * round(1 / SAME) + 1) ** np.arange(6)
+    return np.unique(keys, return_index=True)[1]
 
 
 def _thickened(points: np.ndarray, thickness: float) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.oriented_boxes import OrientedBox
 
 PARALLEL_BELOW = 1e-10
@@ -62,8 +63,12 @@ def box_iou(first: OrientedBox, second: OrientedBox) -> Tensor:
 
 
 def _take(box: OrientedBox, rows: Tensor) -> OrientedBox:
-    parts = (part[rows.to(part.device)].to(torch.float64) for part in (box.centre, box.quaternion, box.extents))
-    return OrientedBox(*parts)
+    centre, quaternion, extents = (
+        part[rows.to(part.device)].to(torch.float64) for part in (box.centre, box.quaternion, box.extents)
+    )
+    # Quaternions that were stored in float32 are of unit norm to seven digits only. Their matrices would not be
+    # orthogonal, and then the angles between nearly parallel faces are wrong.
+    return OrientedBox(centre, quaternions.normalize(quaternion), extents)
 
 
 def _planes(box: OrientedBox) -> tuple[Tensor, Tensor]:

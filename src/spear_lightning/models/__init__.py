@@ -2,6 +2,7 @@
 
 from spear_lightning.models.action_expert import ActionExpert
 from spear_lightning.models.encoders import (
+    ConvolutionalEncoder,
     Dinov2Encoder,
     Fusion,
     MeanFusion,
@@ -16,6 +17,7 @@ from spear_lightning.models.spear_vlm import SpearVLM
 
 __all__ = [
     "ActionExpert",
+    "ConvolutionalEncoder",
     "Dinov2Encoder",
     "Fusion",
     "GemmaShape",

@@ -23,6 +23,7 @@ EXPLAINED = {
     "--model...vlm...encoders.NAME.init_args (meaning)": "spear_lightning.models.SiglipEncoder",
     "--model...vlm...encoders.NAME.init_args (geometry)": "spear_lightning.models.MogeEncoder",
     "--model...vlm...encoders.NAME.init_args (alternative)": "spear_lightning.models.Dinov2Encoder",
+    "--model...vlm...encoders.NAME.init_args (from scratch)": "spear_lightning.models.ConvolutionalEncoder",
     "--model...vlm...fusion.init_args": "spear_lightning.models.MeanFusion",
     "--model...vla...expert.init_args": "spear_lightning.models.ActionExpert",
     "--model.init_args.augmentation.init_args": "spear_lightning.training.ImageAugmentation",

@@ -21,8 +21,6 @@ from spear_lightning.worlds.tabletop.world import Tabletop
 CAMERAS = ("primary", "secondary")
 """Cameras of the pictures; which one is drawn at random."""
 
-IMAGES_PER_SHARD = 200
-
 DISTRACTORS = (2, 4)
 """Fewest and most objects besides the task's own."""
 
@@ -34,7 +32,12 @@ LEAST_VISIBLE = 0.15
 
 
 def write_labelled_images(
-    out: str | Path, images: int, seed: int = 0, size: tuple[int, int] = (112, 84), processes: int | None = None
+    out: str | Path,
+    images: int,
+    seed: int = 0,
+    size: tuple[int, int] = (112, 84),
+    processes: int | None = None,
+    shard_size: int = 200,
 ) -> Path:
     """Write pictures with exact labels in parallel, with a progress bar.
 
@@ -44,6 +47,7 @@ def write_labelled_images(
         seed: Two runs with one seed give the same labels and pictures, however many processes there are.
         size: Width and height of a picture.
         processes: Default: one per core.
+        shard_size: Images of a shard; each is written by one process.
 
     Returns:
         The folder.
@@ -57,16 +61,15 @@ def write_labelled_images(
     if any(folder.glob("*.parquet")):
         raise ConfigError("The folder already holds labels", where=folder, remedy="name another one, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [range(start, min(start + IMAGES_PER_SHARD, images)) for start in range(0, images, IMAGES_PER_SHARD)]
-    write = partial(_write_shard, folder, seed, size)
+    shards = [range(start, min(start + shard_size, images)) for start in range(0, images, shard_size)]
+    write = partial(_write_shard, folder, seed, size, shard_size)
     for _ in shards_in_parallel(write, shards, processes or os.cpu_count() or 1, "labelled images"):
         pass
     return folder
 
 
-def _write_shard(folder: Path, seed: int, size: tuple[int, int], numbers: range) -> None:
-    first = numbers.start // IMAGES_PER_SHARD
-    with LabelWriter(folder, shard_size=IMAGES_PER_SHARD, first_shard=first) as writer:
+def _write_shard(folder: Path, seed: int, size: tuple[int, int], shard_size: int, numbers: range) -> None:
+    with LabelWriter(folder, shard_size, first_shard=numbers.start // shard_size) as writer:
         for number in numbers:
             label, image_HW3 = labelled_image(seed, number, size)
             writer.add(label, encoded(image_HW3))

@@ -24,7 +24,7 @@ from spear_lightning.vqa.dataset import VqaDataset
 from spear_lightning.vqa.labelled_images import AvailableObjects, LabelledImages, LabelMixture, split_labels
 from spear_lightning.vqa.loader import ResumableVqaLoader, open_loader
 from spear_lightning.vqa.mixture import TaskMixture, load_task, read_answers
-from spear_lightning.vqa.question_data import measure_lengths, training_dataset, validation_dataset
+from spear_lightning.vqa.question_data import fingerprint, measure_lengths, training_dataset, validation_dataset
 from spear_lightning.vqa.question_stream import QuestionStream
 from spear_lightning.vqa.task import Scene
 from spear_lightning.vqa.text_layout import MULTIPLE, TextLayout
@@ -298,7 +298,20 @@ def test_training_and_validation_data_of_a_mixture(
     assert held.dataset.tolist() == [0] * 15 + [1] * 5
     shown = {tuple(row.flatten().tolist()) for row in held.images["primary"]}
     assert len(shown) == 20
-    assert labels.fingerprint() != LabelMixture({str(demo_folder): 1.0}, holdout=0.25, seed=1).fingerprint()
+    other = LabelMixture({str(demo_folder): 1.0}, holdout=0.25, seed=1)
+    changed = TaskMixture({**all_tasks, "spear_lightning.vqa.object_tasks.Distance": 2.0})
+    hashes = [
+        fingerprint(*parts)
+        for parts in (
+            (labels, tasks, tokens, CAMERA, ViewRecipe()),
+            (other, tasks, tokens, CAMERA, ViewRecipe()),
+            (labels, changed, tokens, CAMERA, ViewRecipe()),
+            (labels, tasks, CoordinateTokens(Quantizer.uniform(-1, 1)), CAMERA, ViewRecipe()),
+            (labels, tasks, tokens, CAMERA, ViewRecipe.plain()),
+        )
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes[0] == fingerprint(labels, tasks, tokens, CAMERA, ViewRecipe())
 
 
 def test_objects_that_can_be_asked_about_are_counted_without_reading_labels(demo_store: LabelStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 
@@ -85,6 +86,11 @@ class TaskMixture:
         self.tasks = [load_task(path) for path in weights]
         self._shares = np.array(list(weights.values())) / sum(weights.values())
         self._max_pairs = max_pairs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that tell one mixture from another."""
+        shares = {task.path(): share for task, share in zip(self.tasks, self._shares.tolist(), strict=True)}
+        return {"shares": shares, "max_pairs": self._max_pairs}
 
     def plan(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw which tasks examples shall have, before their images are known.

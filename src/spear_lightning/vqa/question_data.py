@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 
 import numpy as np
 
@@ -94,6 +97,26 @@ def validation_dataset(
         camera_name,
     )
     return dataset, range(len(finder))
+
+
+def fingerprint(
+    labels: LabelMixture,
+    tasks: TaskMixture,
+    tokens: CoordinateTokens,
+    camera: CameraSpec,
+    views: ViewRecipe,
+    window_batches: int = 32,
+) -> str:
+    """Return a short hash of all that decides which samples come: a run may only be resumed with the same."""
+    parts = [
+        labels.fingerprint(),
+        tasks.to_dict(),
+        tokens.to_dict(),
+        asdict(camera),
+        asdict(views),
+        window_batches,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def measure_lengths(tasks: TaskMixture, scenes: Iterable[Scene], layout: TextLayout) -> np.ndarray:

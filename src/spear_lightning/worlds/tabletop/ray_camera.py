@@ -28,8 +28,11 @@ ENDLESS_M = 1e6
 
 PLANE = mujoco.mjtGeom.mjGEOM_PLANE
 
-MOST_SPHERES = 8
+MOST_SPHERES = 32
 """At most so many spheres cover a geom."""
+
+ROUND = (mujoco.mjtGeom.mjGEOM_SPHERE, mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_ELLIPSOID)
+"""Shapes that lie within a round tube along the longest side of their box."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +191,18 @@ def _cover(model: mujoco.MjModel, geoms: np.ndarray) -> tuple[np.ndarray, np.nda
     for geom in geoms:
         middle, half = model.geom_aabb[geom, :3], model.geom_aabb[geom, 3:]
         longest = int(np.argmax(half))
-        count = int(np.clip(np.ceil(half[longest] / np.partition(half, 1)[1]), 1, MOST_SPHERES))
-        piece = half.copy()
-        piece[longest] /= count
+        across = np.delete(half, longest)
+        kind = model.geom_type[geom]
+        is_round = kind in ROUND or (kind == mujoco.mjtGeom.mjGEOM_CYLINDER and longest == 2)
+        width = across.max() if is_round else np.linalg.norm(across)
+        count = int(np.clip(np.ceil(2 * half[longest] / width), 1, MOST_SPHERES))
+        piece = half[longest] / count
         for number in range(count):
             centre = middle.copy()
-            centre[longest] += (2 * number + 1) * piece[longest] - half[longest]
+            centre[longest] += (2 * number + 1) * piece - half[longest]
             owners.append(geom)
             centres.append(centre)
-            radii.append(np.linalg.norm(piece))
+            radii.append(np.hypot(width, piece))
     return np.array(owners, int), np.reshape(centres, (-1, 3)), np.array(radii)
 
 

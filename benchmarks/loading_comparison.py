@@ -105,7 +105,7 @@ class Comparison:
         return [
             f"{self.workers.name} / tf.data tuned by us, same work and filter: {tuned:.2f}x; the goal of "
             f"{GOALS['tuned']:g}x is {'met' if tuned >= GOALS['tuned'] else 'not met'}. Decode and resize alone, "
-            f"which no loader that decodes these JPEGs can pass, is at {self._text(self.limit, self.tuned)}.",
+            f"the limit of a loader that decodes these JPEGs in full, is at {self._text(self.limit, self.tuned)}.",
             f"{self.workers.name} / tf.data tuned by us, Lanczos: {lanczos:.2f}x; the goal of "
             f"{GOALS['lanczos']:g}x is {'met' if lanczos >= GOALS['lanczos'] else 'not met'}.",
             f"{self.workers.name} / decode and resize alone: {100 * share:.0f} %; {self.threads.name}: "

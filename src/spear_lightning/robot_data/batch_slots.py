@@ -11,6 +11,7 @@ import math
 import weakref
 from collections import deque
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,24 +66,32 @@ class BatchSlots:
         self._written.add(slot)
         return slot
 
-    def open(self, slot: int, size: int) -> RobotBatch:
-        """Return a slot as an empty batch of some samples, to be written into."""
-        return self._dataset.empty(size, _Carver(self._memory[slot]))
+    def open(self, slot: int | np.ndarray, size: int) -> RobotBatch:
+        """Return a slot, or memory of the size of one, as a batch of some samples, to be written into or read."""
+        memory = torch.from_numpy(slot) if isinstance(slot, np.ndarray) else self._memory[slot]
+        return self._dataset.empty(size, _Carver(memory))
 
-    def lend(self, slot: int, size: int, instructions: list[str]) -> RobotBatch:
+    def spare(self) -> np.ndarray:
+        """Return memory of the size of a slot, uint8, of this process alone: for when all slots are in use."""
+        return np.empty(self._memory.shape[1], np.uint8)
+
+    def lend(self, slot: int | np.ndarray, size: int, instructions: list[str]) -> RobotBatch:
         """Return the batch that was written into a slot; the slot is free when no tensor of it is left."""
-        # All tensors of the batch, and all views of them, hold this one object.
-        memory = self._memory[slot].numpy()
-        self._written.discard(slot)
-        weakref.finalize(memory, self._free.append, slot).atexit = False
-        batch = self._dataset.empty(size, _Carver(torch.from_numpy(memory)))
+        if isinstance(slot, np.ndarray):
+            memory = slot
+        else:
+            # All tensors of the batch, and all views of them, hold this one object.
+            memory = self._memory[slot].numpy()
+            self._written.discard(slot)
+            weakref.finalize(memory, self._free.append, slot).atexit = False
+        batch = self.open(memory, size)
         batch.instructions = instructions
         return batch
 
     def borrow(self, size: int) -> RobotBatch:
         """Return a batch to be written into by this process: in a slot, or in other memory if all are in use."""
         slot = self.take()
-        return self._dataset.empty(size) if slot is None else self.lend(slot, size, [""] * size)
+        return self.lend(self.spare() if slot is None else slot, size, [""] * size)
 
     def reclaim(self) -> None:
         """Free the slots that were taken and never lent; nobody may be writing any more."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -151,10 +152,10 @@ class WorkerReader:
         written = iter(self._loader)
         while True:
             try:
-                slot, result = _next(written)
+                slot, size, instructions = _next(written)
             except StopIteration:
                 return
-            batch = result if slot is None else self._slots.lend(slot, *result)
+            batch = self._slots.lend(slot, size, instructions)
             yield batch.pin_memory() if self._pin_memory else batch
 
 
@@ -180,13 +181,14 @@ class _SlotWriter:
     def __getitem__(self, task: Any) -> Any:
         return self.__getitems__(task)
 
-    def __getitems__(self, task: tuple[int | None, list[int]]) -> tuple[int | None, Any]:
+    def __getitems__(self, task: tuple[int | None, list[int]]) -> tuple[int | np.ndarray, int, list[str]]:
         slot, places = task
-        if slot is None:
-            return None, self._dataset.__getitems__(places)
-        batch = self._slots.open(slot, len(places))
+        # Without a slot the memory travels by value. torch would share tensors through files that have a name for
+        # a moment, and stay if the process is killed in it.
+        memory = self._slots.spare() if slot is None else slot
+        batch = self._slots.open(memory, len(places))
         self._dataset.fill(batch, places)
-        return slot, (len(places), batch.instructions)
+        return memory, len(places), batch.instructions
 
 
 def _end_with_trainer(_: int) -> None:

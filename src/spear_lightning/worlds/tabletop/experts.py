@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spear_lightning.worlds.tabletop.objects import Grasp
-from spear_lightning.worlds.tabletop.tasks import Task, Turn, wrapped, yaw_of
+from spear_lightning.worlds.tabletop.tasks import Turn, wrapped, yaw_of
 from spear_lightning.worlds.tabletop.world import Tabletop
 
 Targets = Iterator[np.ndarray]
@@ -294,11 +294,3 @@ _PLANS: dict[str, Callable[[Hand], Targets]] = {
     "stack": put_on,
     "turn": turn,
 }
-
-
-def expert_episode(world: Tabletop, task: Task, rng: np.random.Generator) -> bool:
-    """Run the expert on a world that was just reset, without rendering; returns whether it succeeded."""
-    expert = Expert(world, rng)
-    while world.steps < task.max_steps and not world.success:
-        world.act(expert.act())
-    return world.success

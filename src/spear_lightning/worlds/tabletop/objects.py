@@ -26,7 +26,7 @@ COLOURS: dict[str, Rgb] = {
     "cyan": (0.10, 0.70, 0.75),
     "white": (0.90, 0.90, 0.90),
 }
-"""Colour word -> linear RGB in [0, 1]."""
+"""Colour word -> screen (sRGB) colour in [0, 1], as an image shows it under white light."""
 
 _FRONT: Rgb = (0.05, 0.05, 0.05)
 

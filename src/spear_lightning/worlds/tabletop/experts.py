@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +24,7 @@ OPEN, CLOSED = 1.0, 0.0
 
 _LOWEST_TOOL_M = 0.012
 _REACHED_M, _REACHED_RADIANS = 0.006, 0.05
+_ASIDE_M = 0.025
 _MOST_YAW = np.deg2rad(155.0)
 
 
@@ -162,7 +164,11 @@ class Hand:
                 yield from self.move(above_m + stray_m, yaw)
                 stray_m = np.zeros(3)
             yield from self.move(above_m, yaw)
-            yield from self.move(point_m, yaw)
+            yield from self.move(point_m, yaw, until=partial(self._beside, point_m))
+            if self._beside(point_m):
+                # Knocked away on the way down: from the side, the fingers would tip the object over.
+                yield from self.rise(self.manner.hover_m)
+                continue
             yield from self.set_fingers(CLOSED)
             if not self.world.is_held(0):
                 yield from self.set_fingers(CLOSED, steps=1)
@@ -170,6 +176,10 @@ class Hand:
                 return
             yield from self.set_fingers(OPEN)
             yield from self.rise(self.manner.hover_m)
+
+    def _beside(self, point_m: np.ndarray) -> bool:
+        """Whether the tool is too far aside of a point to go straight down to it."""
+        return float(np.linalg.norm(self.position_m[:2] - point_m[:2])) > _ASIDE_M
 
     def _grasp_pose(self, final_turn: float) -> tuple[np.ndarray, float]:
         pose = self.world.object_pose(0)

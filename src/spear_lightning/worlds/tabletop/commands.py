@@ -55,6 +55,13 @@ def _run(options: argparse.Namespace) -> None:
         raise ConfigError("There is nothing to write", expected="--episodes N, --labelled_images N, or both")
     sizes = dict(camera_size(text) for text in options.cameras)
     fewest, most = options.distractors
+    if options.labelled_images and "primary" not in sizes:
+        raise ConfigError(
+            "Labelled images are as large as those of the camera primary",
+            where="--cameras",
+            found=options.cameras,
+            expected="primary=WxH among them",
+        )
     out, console = Path(options.out), Console()
     if options.episodes:
         plan = DemonstrationPlan(options.episodes, tuple(options.tasks), sizes, options.seed, (fewest, most))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,8 @@ from spear_lightning.robot_data.rlds_writer import (
     write_shard,
 )
 from spear_lightning.worlds.tabletop.experts import Expert
+from spear_lightning.worlds.tabletop.scene import CAMERAS
+from spear_lightning.worlds.tabletop.shards_in_parallel import shards_in_parallel
 from spear_lightning.worlds.tabletop.tasks import TASKS, yaw_of
 from spear_lightning.worlds.tabletop.world import Observation, Tabletop
 
@@ -104,60 +105,43 @@ def write_demonstrations(root: Path, plan: DemonstrationPlan, processes: int | N
         The data set's folder.
 
     Raises:
-        ConfigError: If the plan names an unknown task, or the folder already holds a data set.
+        ConfigError: If the plan cannot be carried out, or the folder already holds a data set.
     """
-    unknown = sorted(set(plan.tasks) - set(TASKS))
-    if unknown or not plan.tasks or plan.episodes < 1:
-        raise ConfigError(
-            "These demonstrations cannot be made",
-            where="tasks" if unknown or not plan.tasks else "episodes",
-            found=unknown or (plan.tasks and plan.episodes),
-            expected=f"tasks of {list(TASKS)}, at least one episode",
-        )
+    _check(plan)
     folder = root / NAME / VERSION
     if (folder / "dataset_info.json").exists():
         raise ConfigError(
             "The folder already holds demonstrations", where=folder, remedy="name another one, or delete it"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = dict(_with_progress(folder, plan, processes or os.cpu_count() or 1))
+    write = partial(_write_shard, folder, plan)
+    lengths = dict(shards_in_parallel(write, plan.shards(), processes or os.cpu_count() or 1, "demonstrations"))
     about = "Scripted experts in the tabletop world of spear-lightning."
     write_description(folder, plan.layout(), {"train": [lengths[number] for number in sorted(lengths)]}, about)
     return folder
 
 
-def _with_progress(folder: Path, plan: DemonstrationPlan, processes: int) -> Iterator[tuple[int, list[int]]]:
-    """Write all shards; yields each one's number and its episodes' lengths in bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    shards = plan.shards()
-    processes = min(processes, len(shards))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("demonstrations", total=plan.episodes)
-        if processes == 1:
-            for number, shard in enumerate(shards):
-                yield number, _write_shard(folder, plan, number)
-                progress.advance(task, len(shard))
-            return
-        # Spawned: a fork of a process that runs torch threads can hang.
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            waiting = {pool.submit(_write_shard, folder, plan, number): number for number in range(len(shards))}
-            try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
-                    progress.advance(task, len(shards[waiting[done]]))
-            finally:
-                for future in waiting:
-                    future.cancel()
+def _check(plan: DemonstrationPlan) -> None:
+    """Refuse a plan before processes are started for it."""
+    fewest, most = plan.distractors
+    checks = (
+        ("tasks", plan.tasks, bool(plan.tasks) and set(plan.tasks) <= set(TASKS), f"of {list(TASKS)}"),
+        ("episodes", plan.episodes, plan.episodes >= 1, "at least 1"),
+        ("cameras", list(plan.image_sizes), set(plan.image_sizes) <= set(CAMERAS), f"of {list(CAMERAS)}"),
+        ("distractors", plan.distractors, 0 <= fewest <= most, "0 <= fewest <= most"),
+        ("seed", plan.seed, plan.seed >= 0, "at least 0"),
+    )
+    for where, found, good, expected in checks:
+        if not good:
+            raise ConfigError("These demonstrations cannot be made", where=where, found=found, expected=expected)
 
 
-def _write_shard(folder: Path, plan: DemonstrationPlan, number: int) -> list[int]:
-    layout, shards = plan.layout(), plan.shards()
-    world = Tabletop(plan.image_sizes, plan.distractors)
-    episodes = (layout.serialize(demonstration(world, plan, episode)) for episode in shards[number])
-    return write_shard(folder, layout, "train", number, len(shards), episodes)
+def _write_shard(folder: Path, plan: DemonstrationPlan, episodes: range) -> list[int]:
+    """Write one shard; returns its episodes' lengths in bytes."""
+    layout, world = plan.layout(), Tabletop(plan.image_sizes, plan.distractors)
+    payloads = (layout.serialize(demonstration(world, plan, episode)) for episode in episodes)
+    number = episodes.start // EPISODES_PER_SHARD
+    return write_shard(folder, layout, "train", number, len(plan.shards()), payloads)
 
 
 def demonstration(

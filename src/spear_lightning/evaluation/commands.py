@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progress) -> EvalResult:
     from spear_lightning.evaluation.harness import (
+        PLAIN_TABLETOP,
+        TABLETOP,
         EvaluationPlan,
         describe_server,
         evaluate_policy,
@@ -90,6 +92,7 @@ def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progre
         hold_steps=options.hold_steps,
         cameras=dict(options.cameras) if options.cameras else None,
         recorded=options.recorded,
+        benchmark=PLAIN_TABLETOP if options.plain else TABLETOP,
     )
     require_harness()
     if options.policy is not None:
@@ -145,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=WIDTHxHEIGHT",
         help="render at the size of the training data; default: at the size the policy sees",
     )
+    how.add_argument("--plain", action="store_true", help="the easy world: see `spear data tabletop --plain`")
     out = parser.add_argument_group("results")
     out.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for the result and its pictures")
     out.add_argument("--recorded", type=int, default=6, help="episodes of each task that are filmed")

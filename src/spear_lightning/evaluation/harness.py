@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spear_lightning.policy.vla_eval_server import PolicyServer
 
 TABLETOP = "spear_lightning.worlds.tabletop.benchmark:TabletopBenchmark"
+PLAIN_TABLETOP = "spear_lightning.worlds.tabletop.benchmark:PlainTabletopBenchmark"
 
 _NAME = "closed_loop"
 """Name of the benchmark entry in the harness's files."""

@@ -294,3 +294,17 @@ def beside(pictures: Sequence[np.ndarray]) -> np.ndarray:
     height = max(picture.shape[0] for picture in pictures)
     padded = [np.pad(picture, ((0, height - picture.shape[0]), (0, 0), (0, 0))) for picture in pictures]
     return np.concatenate(padded, axis=1)
+
+
+class PlainTabletopBenchmark(TabletopBenchmark):
+    """The same tasks in the easy world: one table and light, cameras in the same place, no distractors."""
+
+    def make_world(self) -> Any:
+        """Build the world; called once, at the first episode."""
+        from spear_lightning.worlds.tabletop.world import Tabletop
+
+        return Tabletop(self.cameras, distractors=(0, 0), plain=True)
+
+    def world_facts(self) -> dict[str, Any]:
+        """Return what identifies the world; its name differs, so that results are not compared by mistake."""
+        return {**super().world_facts(), "world": "tabletop-plain"}

@@ -45,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
         help="NAME=WIDTHxHEIGHT of primary, secondary, wrist (default: %(default)s)",
     )
     parser.add_argument("--distractors", nargs=2, type=int, default=[1, 2], help="fewest, most (default: 1 2)")
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="the easy world: one table and light, cameras in the same place, no distractors",
+    )
     parser.add_argument("--seed", type=int, default=0, help="two runs with one seed write the same bytes")
     parser.add_argument("--processes", type=int, help="default: one per core")
     return parser
@@ -54,7 +59,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.episodes < 1 and options.labelled_images < 1:
         raise ConfigError("There is nothing to write", expected="--episodes N, --labelled_images N, or both")
     sizes = dict(camera_size(text) for text in options.cameras)
-    fewest, most = options.distractors
+    fewest, most = (0, 0) if options.plain else options.distractors
     if options.labelled_images and "primary" not in sizes:
         raise ConfigError(
             "Labelled images are as large as those of the camera primary",
@@ -64,7 +69,9 @@ def _run(options: argparse.Namespace) -> None:
         )
     out, console = Path(options.out), Console()
     if options.episodes:
-        plan = DemonstrationPlan(options.episodes, tuple(options.tasks), sizes, options.seed, (fewest, most))
+        plan = DemonstrationPlan(
+            options.episodes, tuple(options.tasks), sizes, options.seed, (fewest, most), options.plain
+        )
         folder = write_demonstrations(out, plan, options.processes)
         console.print(f"{options.episodes} demonstrations: {folder}", soft_wrap=True)
     if options.labelled_images:

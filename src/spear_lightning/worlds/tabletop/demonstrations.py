@@ -59,6 +59,7 @@ class DemonstrationPlan:
         image_sizes: Camera name -> (width, height).
         seed: Episodes of one seed are the same, whatever their number.
         distractors: Fewest and most objects that a task is not about.
+        plain: See `Tabletop`.
     """
 
     episodes: int
@@ -66,6 +67,7 @@ class DemonstrationPlan:
     image_sizes: Mapping[str, tuple[int, int]] = field(default_factory=lambda: IMAGE_SIZES)
     seed: int = 0
     distractors: tuple[int, int] = (1, 2)
+    plain: bool = False
 
     def layout(self) -> RldsLayout:
         """Return the features of an episode."""
@@ -138,7 +140,7 @@ def _check(plan: DemonstrationPlan) -> None:
 
 def _write_shard(folder: Path, plan: DemonstrationPlan, episodes: range) -> list[int]:
     """Write one shard; returns its episodes' lengths in bytes."""
-    layout, world = plan.layout(), Tabletop(plan.image_sizes, plan.distractors)
+    layout, world = plan.layout(), Tabletop(plan.image_sizes, plan.distractors, plan.plain)
     payloads = (layout.serialize(demonstration(world, plan, episode)) for episode in episodes)
     number = episodes.start // EPISODES_PER_SHARD
     return write_shard(folder, layout, "train", number, len(plan.shards()), payloads)

@@ -120,6 +120,7 @@ def build_scene(
     rng: np.random.Generator,
     image_sizes: Mapping[str, tuple[int, int]],
     distractors: tuple[int, int] = (1, 2),
+    plain: bool = False,
 ) -> Scene:
     """Draw the rest of a scene around a task and compile it.
 
@@ -128,6 +129,7 @@ def build_scene(
         rng: Source of everything else.
         image_sizes: Camera name (a key of `CAMERAS`) -> width and height in pixels.
         distractors: Fewest and most objects that the task is not about.
+        plain: One table, one light, cameras always in the same place.
 
     Raises:
         ConfigError: If a camera does not exist.
@@ -144,9 +146,10 @@ def build_scene(
     add_gripper(spec, rng.uniform(START_LOW_M, START_HIGH_M), float(rng.uniform(-START_YAW, START_YAW)))
     for index in range(len(objects)):
         add_grip(spec, object_name(index))
-    cameras = {name: draw_camera(CAMERAS[name], *size, rng) for name, size in image_sizes.items()}
+    jitter = 0.0 if plain else 1.0
+    cameras = {name: draw_camera(CAMERAS[name], *size, rng, jitter) for name, size in image_sizes.items()}
     model = spec.compile()
-    return Scene(task, objects, model, cameras, draw_look(model, rng))
+    return Scene(task, objects, model, cameras, Look.plain(model) if plain else draw_look(model, rng))
 
 
 def lay_out(objects: Sequence[ObjectSpec], rng: np.random.Generator) -> tuple[tuple[ObjectSpec, ...], np.ndarray]:
@@ -198,6 +201,7 @@ def _empty_table() -> mujoco.MjSpec:
         type=mujoco.mjtGeom.mjGEOM_BOX,
         pos=[*middle, -0.02],
         size=[*half, 0.02],
+        rgba=[0.62, 0.50, 0.36, 1.0],
         friction=[1.0, 0.01, 0.001],
     )
     spec.worldbody.add_geom(
@@ -205,6 +209,7 @@ def _empty_table() -> mujoco.MjSpec:
         type=mujoco.mjtGeom.mjGEOM_BOX,
         pos=[*middle, -0.75],
         size=[2.0, 2.0, 0.05],
+        rgba=[0.40, 0.42, 0.45, 1.0],
         contype=0,
         conaffinity=0,
     )
@@ -244,7 +249,9 @@ def _add_object(spec: mujoco.MjSpec, name: str, thing: ObjectSpec, place: np.nda
         )
 
 
-def draw_camera(place: CameraPlace, width: int, height: int, rng: np.random.Generator) -> CameraView:
+def draw_camera(
+    place: CameraPlace, width: int, height: int, rng: np.random.Generator, jitter: float = 1.0
+) -> CameraView:
     """Return a camera near its average place.
 
     Args:
@@ -252,9 +259,11 @@ def draw_camera(place: CameraPlace, width: int, height: int, rng: np.random.Gene
         width: Columns of its image.
         height: Rows of its image.
         rng: Source of the jitter.
+        jitter: Share of the place's own jitter.
     """
-    position = np.array(place.position_m) + rng.uniform(-place.jitter_m, place.jitter_m, 3)
-    target = np.array(place.looks_at_m) + 0.5 * rng.uniform(-place.jitter_m, place.jitter_m, 3)
+    reach_m = jitter * place.jitter_m
+    position = np.array(place.position_m) + rng.uniform(-reach_m, reach_m, 3)
+    target = np.array(place.looks_at_m) + 0.5 * rng.uniform(-reach_m, reach_m, 3)
     focal = height / 2 / np.tan(place.field_of_view / 2)
     intrinsics = PixelIntrinsics(focal, focal, width / 2, height / 2, width, height)
     return CameraView(intrinsics, place.mount, position, look_at(position, target, np.array(place.up)))

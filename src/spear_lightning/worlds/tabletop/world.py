@@ -53,6 +53,7 @@ class Tabletop:
     Args:
         image_sizes: Camera name -> (width, height) of its image; cameras that are not named are not rendered.
         distractors: Fewest and most objects that the task is not about.
+        plain: One table, one light, cameras always in the same place: an easier world for small experiments.
     """
 
     scene: Scene
@@ -60,10 +61,14 @@ class Tabletop:
     gripper: Gripper
 
     def __init__(
-        self, image_sizes: Mapping[str, tuple[int, int]] | None = None, distractors: tuple[int, int] = (1, 2)
+        self,
+        image_sizes: Mapping[str, tuple[int, int]] | None = None,
+        distractors: tuple[int, int] = (1, 2),
+        plain: bool = False,
     ) -> None:
         self.image_sizes = dict(image_sizes or {})
         self._distractors = distractors
+        self._plain = plain
 
     def reset(self, task: str, seed: int) -> Observation:
         """Start an episode.
@@ -78,7 +83,7 @@ class Tabletop:
         if task not in TASKS:
             raise ConfigError("The tabletop world has no such task", found=task, expected=f"one of {list(TASKS)}")
         rng = np.random.default_rng([list(TASKS).index(task), seed])
-        self.scene = build_scene(TASKS[task].sample(rng), rng, self.image_sizes, self._distractors)
+        self.scene = build_scene(TASKS[task].sample(rng), rng, self.image_sizes, self._distractors, self._plain)
         self.model = self.scene.model
         self.data = mujoco.MjData(self.model)
         self._bodies = [self.model.body(object_name(index)).id for index in range(len(self.scene.objects))]

@@ -1,43 +1,18 @@
-"""A data loader over an endless stream whose state is one number: how many batches were handed out."""
+"""Loaders of robot batches: an endless resumable one for training, a finite one for validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-import numpy as np
 
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.robot_data.dataset import RobotDataset
 from spear_lightning.robot_data.read_ahead import Reading, open_reader
+from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
 
 
-class StreamBatches:
-    """Batches of places in the global stream for one process, from a given batch on, without end.
-
-    Batch b of all processes together holds places [b * G, (b + 1) * G), G = batch size times processes; so
-    the samples of a step do not depend on the number of processes, only who gets which.
-
-    Args:
-        batch_size: Samples per process.
-        rank: This process.
-        world_size: Number of processes.
-        first: First batch.
-    """
-
-    def __init__(self, batch_size: int, rank: int, world_size: int, first: int) -> None:
-        self._batch_size, self._rank, self._world_size, self._first = batch_size, rank, world_size, first
-
-    def __iter__(self) -> Iterator[list[int]]:
-        number = self._first
-        while True:
-            start = (number * self._world_size + self._rank) * self._batch_size
-            yield np.arange(start, start + self._batch_size).tolist()
-            number += 1
-
-
-class ResumableLoader:
+class ResumableLoader(ResumableStream[RobotBatch]):
     """Iterates over epochs of a fixed number of batches; continues exactly where its state says.
 
     Workers and threads run ahead, so their position is of no use after a restart; what is saved is the number of
@@ -69,41 +44,19 @@ class ResumableLoader:
         data: str = "",
         num_threads: int = 0,
     ) -> None:
+        super().__init__(batch_size, epoch_batches, rank, world_size, data)
         self.dataset = dataset
-        self.batch_size = batch_size
-        self._data = data
-        self._epoch_batches = epoch_batches
-        self._rank, self._world_size = rank, world_size
         self._reading = Reading(num_workers, num_threads, prefetch, pin_memory)
-        self._given = 0
-        self._running: Iterator[RobotBatch] | None = None
 
-    def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
-        return self._epoch_batches
+    def open_at(self, places: StreamBatches) -> Iterable[RobotBatch]:
+        """Return what reads the batches of some places, in order and without end."""
+        return open_reader(self.dataset, places, self.batch_size, self._reading)
 
-    def __iter__(self) -> Iterator[RobotBatch]:
-        """Yield the rest of the current epoch; at its end the next iteration begins a new one."""
-        if self._running is None:
-            places = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
-            self._running = iter(open_reader(self.dataset, places, self.batch_size, self._reading))
-        while True:
-            batch = next(self._running)
-            self._given += 1
-            yield batch
-            if self._given % self._epoch_batches == 0:
-                return
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to continue exactly."""
-        size = self.batch_size * self._world_size
-        return {"batches": self._given, "global_batch_size": size, "data": self._data}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, also with another number of processes.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse other data and another global batch size.
 
         Raises:
-            CheckpointError: If the global batch size or the data differ: it would be another stream.
+            CheckpointError: If one of them differs.
         """
         if state["data"] != self._data:
             raise CheckpointError(
@@ -123,8 +76,6 @@ class ResumableLoader:
                 expected=state["global_batch_size"],
                 remedy="set the batch size so that batch size times processes stays the same",
             )
-        self._given = state["batches"]
-        self._running = None
 
 
 class FiniteLoader:

@@ -5,15 +5,15 @@ Question batches vary in length, so they are not read into the fixed memory that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError
-from spear_lightning.robot_data.loader import StreamBatches
 from spear_lightning.robot_data.read_ahead import WORKER_START, as_is
+from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
 from spear_lightning.vqa.dataset import VqaDataset
 
 
@@ -50,10 +50,8 @@ def open_loader(
     )
 
 
-class ResumableVqaLoader:
+class ResumableVqaLoader(ResumableStream[VqaBatch]):
     """Iterates over epochs of a fixed number of batches; continues exactly where its state says.
-
-    Workers run ahead, so what is saved is the number of batches handed out (as in `robot_data.loader`).
 
     Args:
         dataset: Reads batches at places of an endless stream.
@@ -79,40 +77,19 @@ class ResumableVqaLoader:
         pin_memory: bool = False,
         data: str = "",
     ) -> None:
+        super().__init__(batch_size, epoch_batches, rank, world_size, data)
         self.dataset = dataset
-        self.batch_size = batch_size
-        self._data, self._epoch_batches = data, epoch_batches
-        self._rank, self._world_size = rank, world_size
         self._reading = (num_workers, prefetch, pin_memory)
-        self._given = 0
-        self._running: Iterator[VqaBatch] | None = None
 
-    def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
-        return self._epoch_batches
+    def open_at(self, places: StreamBatches) -> Iterable[VqaBatch]:
+        """Return what reads the batches of some places, in order and without end."""
+        return open_loader(self.dataset, places, *self._reading)
 
-    def __iter__(self) -> Iterator[VqaBatch]:
-        """Yield the rest of the current epoch; at its end the next iteration begins a new one."""
-        if self._running is None:
-            places = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
-            self._running = iter(open_loader(self.dataset, places, *self._reading))
-        while True:
-            batch = next(self._running)
-            self._given += 1
-            yield batch
-            if self._given % self._epoch_batches == 0:
-                return
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint needs to continue exactly."""
-        size = self.batch_size * self._world_size
-        return {"batches": self._given, "global_batch_size": size, "data": self._data}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint, also with another number of processes.
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Refuse other questions and another global batch size.
 
         Raises:
-            CheckpointError: If the global batch size or the data differ: it would be another stream.
+            CheckpointError: If one of them differs.
         """
         own = {**self.state_dict(), "batches": state["batches"]}
         if state != own:
@@ -124,5 +101,3 @@ class ResumableVqaLoader:
                 remedy="restore labels, tasks, 3D tokens, and batch size times processes as they were; or start a "
                 "new run from its weights with --model.init_from",
             )
-        self._given = state["batches"]
-        self._running = None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.optimizer import OptimizerRecipe
+    from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.tracking import MLflowRunLogger
     from spear_lightning.training.validation_pictures import ValidationPictures
@@ -30,6 +31,7 @@ _HOMES = {
     "MLflowRunLogger": "tracking",
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
+    "RegionalCompile": "regional_compile",
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
     "VLAModule": "vla_module",
@@ -45,6 +47,7 @@ __all__ = [
     "MLflowRunLogger",
     "OptimizerRecipe",
     "Phase",
+    "RegionalCompile",
     "RobotDataModule",
     "RunCheckpoint",
     "VLAModule",

@@ -1,0 +1,93 @@
+"""Compile the repeated blocks of a network, one graph for all of a kind.
+
+A transformer is one block, many times. Compiled whole, it takes minutes; compiled block by block, the first one's
+machine code serves all others of its kind and shape, at nearly the same speed.
+"""
+
+from __future__ import annotations
+
+import logging
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.training.base_module import SpearModule
+
+log = logging.getLogger(__name__)
+
+
+class RegionalCompile(Callback):
+    """Compiles blocks with `torch.compile` before a run's first step; names of parameters stay as they are.
+
+    Shapes are taken as fixed: each new one (the last batch of a validation, say) costs a compilation.
+
+    Args:
+        blocks: Dotted names of modules relative to the network, as `vlm.encoders.*.stem`, where `*` stands for
+            anything between two dots. `null` takes the entries of every `ModuleList` of the network.
+        mode: Passed to `torch.compile`.
+        backend: Passed to `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        blocks: list[str] | None = None,
+        mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
+        backend: str = "inductor",
+    ) -> None:
+        self.blocks = blocks
+        self.options: dict[str, Any] = {"mode": mode, "backend": backend, "dynamic": False}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compile at the start of `fit`; other stages see few batches, and run as they are."""
+        if stage != "fit" or not isinstance(pl_module, SpearModule):
+            return
+        network = pl_module.components
+        chosen = list_entries(network) if self.blocks is None else matching(network, self.blocks)
+        for block in chosen.values():
+            block.compile(**self.options)
+        # Frozen and training parts, training and validation shapes, with and without gradient.
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)
+        log.info("%d blocks will be compiled at their first use", len(chosen))
+
+
+def list_entries(network: nn.Module) -> dict[str, nn.Module]:
+    """Return the entries of the network's module lists by name; those inside another entry are part of it."""
+    entries: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in entries)
+        if isinstance(module, nn.ModuleList) and not inside:
+            entries.update({f"{name}.{index}": entry for index, entry in enumerate(module)})
+    return entries
+
+
+def matching(network: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
+    """Return the modules whose dotted names fit a pattern, segment by segment.
+
+    Raises:
+        ConfigError: If a pattern fits none.
+    """
+    modules = {name: module for name, module in network.named_modules() if name}
+    chosen: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        found = {name: module for name, module in modules.items() if _fits(name, pattern)}
+        if not found:
+            raise ConfigError(
+                "No module of the network has this name",
+                where="RegionalCompile.blocks",
+                found=pattern,
+                expected=f"a name under {sorted({name.split('.')[0] for name in modules})}",
+            )
+        chosen.update(found)
+    return chosen
+
+
+def _fits(name: str, pattern: str) -> bool:
+    names, wanted = name.split("."), pattern.split(".")
+    return len(names) == len(wanted) and all(
+        fnmatchcase(part, want) for part, want in zip(names, wanted, strict=True)
+    )

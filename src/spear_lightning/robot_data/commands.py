@@ -15,10 +15,11 @@ from rich.table import Table
 from spear_lightning.errors import ConfigError
 from spear_lightning.geometry import quaternions
 from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.dataset_entry import DatasetEntry
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_build import BESIDE, build_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
-from spear_lightning.robot_data.registry import DatasetEntry, entry_for_folder, entry_of
+from spear_lightning.robot_data.registry import entry_for_folder, entry_of
 from spear_lightning.robot_data.rlds_folder import RldsFolder, open_rlds
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 

@@ -131,7 +131,11 @@ class EpisodeIndex:
             DataError: If it cannot be read or decoded.
         """
         data = self.encoded_image(camera, frame, episode)
-        return decode_image(data, where=Place(self, camera, frame, episode))
+        return decode_image(data, Place(self, camera, frame, episode), None, self.blue_first(camera))
+
+    def blue_first(self, camera: str) -> bool:
+        """Return whether a camera's pictures are stored with red and blue exchanged; `read_image` mends it."""
+        return camera in self.description.get("blue_first", ())
 
     def place(self, camera: str, frame: int, episode: int) -> str:
         """Say where a picture is, for messages."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spear_lightning.errors import DataError
+from spear_lightning.robot_data.dataset_entry import DatasetEntry
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_store import (
     DESCRIPTION,
@@ -23,9 +24,8 @@ from spear_lightning.robot_data.index_store import (
     ArrayFolderWriter,
     default_index_root,
 )
-from spear_lightning.robot_data.registry import DatasetEntry
 from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_rlds
-from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, plan_shards, read_shard
+from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, blue_first, plan_shards, read_shard
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def build_index(
                 "problems": dict(problems),
                 "problem_examples": examples,
                 "images_verified": verify_images,
+                "blue_first": blue_first(folder, entry),
             }
         )
     return target

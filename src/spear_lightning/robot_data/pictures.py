@@ -38,6 +38,7 @@ class EncodedPictures:
     def __init__(self, index: EpisodeIndex, source: str, camera: CameraSpec, scaled_decode: bool = False) -> None:
         self._index, self._source, self._camera = index, source, camera
         self._decoded_for = camera if scaled_decode else None
+        self._blue_first = index.blue_first(source)
 
     def read_into(self, frame: int, episode: int, out_3HW: Tensor) -> bool:
         """Decode and resize a frame's picture (see `Pictures`)."""
@@ -45,5 +46,5 @@ class EncodedPictures:
             return False
         data = self._index.encoded_image(self._source, frame, episode)
         where = Place(self._index, self._source, frame, episode)
-        fit_image_into(decode_image(data, where, self._decoded_for), self._camera, out_3HW)
+        fit_image_into(decode_image(data, where, self._decoded_for, self._blue_first), self._camera, out_3HW)
         return True

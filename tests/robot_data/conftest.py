@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_build import ensure_index
 from spear_lightning.robot_data.registry import entry_of
+
+# `oxe_layouts.py`, which several tests here share, is no test itself.
+sys.path.append(str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

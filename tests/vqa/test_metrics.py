@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from spear_lightning.batches import TrueAnswer
+from spear_lightning.batches import TrueAnswer, VqaBatch
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer
-from spear_lightning.vqa.metrics import MEASURES, AnswerMetrics, CoordinateAccuracy
+from spear_lightning.vqa.metrics import MEASURES, AnswerMetrics, CoordinateAccuracy, TaskLosses
 
 TOKENS = CoordinateTokens(Quantizer.uniform(-2, 2), "metric")
 HALF_BIN = 2 / 1024
@@ -77,3 +77,31 @@ def test_coordinate_accuracy_looks_at_3d_tokens_alone() -> None:
     accuracy.update(predicted, target, torch.tensor([[False, True, True, False]]))
     accuracy.update(predicted, predicted, torch.tensor([[False, False, True, True]]))
     assert float(accuracy.compute()) == 0.75
+
+
+def test_losses_of_the_tokens_of_each_task() -> None:
+    # Two answers of two tokens and of one, with a line break (13) between; then one of one token. 1 ends both.
+    ids = torch.tensor([[2, 50, 13, 60, 61, 13, 62, 1], [2, 50, 13, 63, 1, 0, 0, 0]])
+    answer_mask = torch.tensor([[False] * 3 + [True] * 5, [False] * 3 + [True] * 2 + [False] * 3])
+    asked = [[TrueAnswer(BOX, cube(0)), TrueAnswer(DISTANCE, np.ones(1))], [TrueAnswer(BOX, cube(0))]]
+    nothing = torch.zeros(2)
+    batch = VqaBatch(
+        images={},
+        image_mask={},
+        input_ids=ids,
+        token_mask=ids != 0,
+        answer_mask=answer_mask,
+        coordinate_mask=answer_mask,
+        questions=[""] * 2,
+        answers=[""] * 2,
+        asked=asked,
+        clamped=nothing,
+        unit=nothing,
+        metric=nothing,
+        intrinsics=nothing,
+        dataset=nothing,
+        position=nothing,
+    )
+    losses = TaskLosses([DISTANCE, BOX, CLOSER])
+    losses.update(torch.tensor([1.0, 2, 3, 10, 20, 5, 7]), batch, 13)
+    assert losses.compute() == {"BoxVertices": (1 + 2 + 3 + 5 + 7) / 5, "Distance": 15}

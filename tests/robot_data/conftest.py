@@ -31,3 +31,16 @@ def demo_folder(demo_root: Path) -> Path:
 @pytest.fixture(scope="session")
 def demo_index(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> EpisodeIndex:
     return ensure_index(demo_root, entry_of("bridge"), index_root=tmp_path_factory.mktemp("index"))
+
+
+@pytest.fixture(scope="session")
+def oxe_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All 24 OXE data sets in their own layouts, two short made-up episodes each."""
+    from oxe_layouts import LAYOUTS, motion
+
+    root = tmp_path_factory.mktemp("oxe")
+    for layout in LAYOUTS.values():
+        # At least two seconds, so that every rate has chunks; an odd length that differs from set to set.
+        steps = int(3 * layout.hz) + 3
+        layout.write(root, [layout.serialize(motion(layout.centre, steps + each, each)) for each in range(2)])
+    return root

@@ -31,6 +31,8 @@ MIXTURE_OPTIONS = (
     "keep_without_instruction",
     "seed",
     "index_folder",
+    "shares",
+    "registry",
 )
 """Options of the data module that decide which frames are trained on."""
 

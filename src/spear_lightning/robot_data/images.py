@@ -82,7 +82,7 @@ def decode_image(
         if data.startswith(PNG_START):
             from PIL import Image
 
-            pixels_HW3 = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            pixels_HW3 = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
             return np.ascontiguousarray(pixels_HW3[..., ::-1]) if blue_first else pixels_HW3
     except (ValueError, OSError, SyntaxError) as error:
         raise _broken(where, error) from error

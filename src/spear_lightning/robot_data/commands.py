@@ -94,8 +94,16 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
 def _resolve(options: argparse.Namespace) -> tuple[RldsFolder, DatasetEntry, Path | None]:
     folder = open_rlds(options.path)
     entry = entry_of(options.dataset) if options.dataset else entry_for_folder(folder.path, folder.name)
-    root = Path(options.index_folder) if options.index_folder else None
-    return folder, entry, folder.path / BESIDE if options.beside else root
+    if not options.beside:
+        return folder, entry, Path(options.index_folder) if options.index_folder else None
+    if not isinstance(folder.path, Path):
+        raise ConfigError(
+            "An index cannot be kept in a bucket: it is mapped into memory",
+            where="--beside",
+            found=folder.path,
+            remedy="leave --beside out, or say where with --index_folder",
+        )
+    return folder, entry, folder.path / BESIDE
 
 
 def _index(options: argparse.Namespace) -> None:

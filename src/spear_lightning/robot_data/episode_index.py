@@ -12,6 +12,7 @@ import numpy as np
 from spear_lightning.errors import ConfigError, DataError
 from spear_lightning.robot_data.images import decode_image
 from spear_lightning.robot_data.index_store import read_array_folder
+from spear_lightning.robot_data.storage import DataPath, data_path
 
 OPEN_SHARDS = 128
 """Shard files kept open per process: far below the usual limit of 1024."""
@@ -39,7 +40,7 @@ class EpisodeIndex:
         cameras: Names of the cameras.
     """
 
-    def __init__(self, folder: str | Path, data_folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path, data_folder: str | DataPath | None = None) -> None:
         """Open an index.
 
         Args:
@@ -61,7 +62,7 @@ class EpisodeIndex:
         self.samples = self._arrays["sample"]
         self.episode_starts = np.append(self._arrays["episode_start"], len(self.pose))
         self.episode_sample_starts = np.concatenate([[0], np.cumsum(self._arrays["episode_samples"])])
-        self._data_folder = Path(data_folder or self.description["data_folder"])
+        self._data_folder = data_path(data_folder or self.description["data_folder"])
         self._shards: list[str] = self.description["shards"]
         prefix, suffix = "camera/", "/offset"
         self.cameras = [
@@ -70,6 +71,7 @@ class EpisodeIndex:
             if name.startswith(prefix) and name.endswith(suffix)
         ]
         self._files: OrderedDict[int, int] = OrderedDict()
+        self._fetched: dict[tuple[str, int], bytes] = {}
 
     def __len__(self) -> int:
         """Return the number of frames."""
@@ -112,6 +114,10 @@ class EpisodeIndex:
         Raises:
             DataError: If the shard cannot be read.
         """
+        if not isinstance(self._data_folder, Path):
+            if (camera, frame) not in self._fetched:
+                self.fetch(camera, np.array([frame]), np.array([episode]))
+            return self._fetched[camera, frame]
         shard = int(self._arrays["episode_shard"][episode])
         offset = int(self._arrays[f"camera/{camera}/offset"][frame])
         length = int(self._arrays[f"camera/{camera}/length"][frame])
@@ -123,6 +129,31 @@ class EpisodeIndex:
                 remedy="restore the file, or index the data set again",
             )
         return data
+
+    def fetch(self, camera: str, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Fetch pictures together, to be read next: from a bucket one after another would take long.
+
+        Does nothing for a data set on this machine.
+
+        Args:
+            camera: Which camera.
+            frames: int64 (n,).
+            episodes: int64 (n,), their episodes.
+
+        Raises:
+            DataError: If the bucket cannot be read.
+        """
+        if isinstance(self._data_folder, Path):
+            return
+        wanted = {int(frame): int(episode) for frame, episode in zip(frames, episodes, strict=True)}
+        there = [frame for frame, episode in wanted.items() if self.has_image(camera, frame, episode)]
+        starts = self._arrays[f"camera/{camera}/offset"][there].tolist()
+        lengths = self._arrays[f"camera/{camera}/length"][there].tolist()
+        names = [self._shards[self._arrays["episode_shard"][wanted[frame]]] for frame in there]
+        spans = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        parts = self._data_folder.read_ranges(names, spans)
+        self._fetched = {key: part for key, part in self._fetched.items() if key[0] != camera}
+        self._fetched |= {(camera, frame): part for frame, part in zip(there, parts, strict=True)}
 
     def read_image(self, camera: str, frame: int, episode: int) -> np.ndarray:
         """Return a picture as stored: uint8 RGB (height, width, 3).
@@ -148,6 +179,7 @@ class EpisodeIndex:
         descriptor = self._files.pop(shard, None)
         if descriptor is None:
             path = self._data_folder / self._shards[shard]
+            assert isinstance(path, Path)
             try:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError as error:

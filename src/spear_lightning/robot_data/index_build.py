@@ -26,6 +26,7 @@ from spear_lightning.robot_data.index_store import (
 )
 from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_rlds
 from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, blue_first, plan_shards, read_shard
+from spear_lightning.robot_data.storage import DataPath, file_marks
 
 log = logging.getLogger(__name__)
 
@@ -43,24 +44,27 @@ def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: 
     changes, another index is made.
     """
     identity: list[object] = [SCHEMA, entry.fingerprint(), split]
-    for path, _ in folder.require_split(split):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(
-                "A shard is missing",
-                where=path,
-                expected=f"{len(folder.shards[split])} shards, as dataset_info.json says",
-                remedy="download the data set again",
-            ) from error
-        identity.append((path.name, status.st_size, status.st_mtime_ns))
+    identity += _marks(folder, split)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     root = index_root or default_index_root()
     return root / f"{folder.name}-{folder.version}-{split}-{digest}"
 
 
+def _marks(folder: RldsFolder, split: str) -> list[tuple[str, int, int | str]]:
+    """Return (name, bytes, mark of the content) of the shards of a split."""
+    try:
+        return file_marks(path for path, _ in folder.require_split(split))
+    except OSError as error:
+        raise DataError(
+            "A shard is missing",
+            where=error.filename,
+            expected=f"{len(folder.shards[split])} shards, as dataset_info.json says",
+            remedy="download the data set again",
+        ) from error
+
+
 def ensure_index(
-    root: str | Path, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
+    root: str | DataPath, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
 ) -> EpisodeIndex:
     """Open the index of a registry entry's data set under a data root.
 
@@ -68,7 +72,9 @@ def ensure_index(
     out is logged.
     """
     folder = open_rlds(find_rlds(root, entry.name, entry.version))
-    for place in (folder.path / BESIDE, index_root):
+    # An index must be local: it is mapped into memory.
+    beside = [folder.path / BESIDE] if isinstance(folder.path, Path) else []
+    for place in (*beside, index_root):
         path = index_path(folder, split, entry, place)
         if (path / DESCRIPTION).is_file():
             return EpisodeIndex(path, folder.path)
@@ -112,7 +118,7 @@ def build_index(
     instructions: dict[str, int] = {}
     frames = 0
     with ArrayFolderWriter(target) as writer:
-        for number, part in enumerate(_with_progress(shards, plan, workers, f"indexing {folder.name} {split}")):
+        for number, part in enumerate(_with_progress(folder, split, plan, workers)):
             problems += part.problems
             for problem, where in part.examples.items():
                 examples.setdefault(problem, where)
@@ -133,7 +139,7 @@ def build_index(
                 "split": split,
                 "rate_hz": entry.rate_hz,
                 "conventions": entry.fingerprint(),
-                "data_folder": str(folder.path.resolve()),
+                "data_folder": str(folder.path.resolve() if isinstance(folder.path, Path) else folder.path),
                 "shards": [path.name for path, _ in shards],
                 "instructions": list(instructions),
                 "problems": dict(problems),
@@ -164,14 +170,14 @@ def _append(
     return frames + int(ends_E[-1])
 
 
-def _with_progress(
-    shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None, title: str
-) -> Iterator[ShardPart]:
+def _with_progress(folder: RldsFolder, split: str, plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
     """Yield the shards' parts in order, with a bar that counts bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    sizes = [path.stat().st_size for path, _ in shards]
+    sizes = [size for _, size, _ in _marks(folder, split)]
+    if workers is None:
+        workers = 1 if sum(sizes) < PARALLEL_FROM_BYTES else os.cpu_count() or 1
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -179,16 +185,13 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=sum(sizes))
-        for size, part in zip(sizes, _read_all(shards, plan, workers), strict=True):
+        task = progress.add_task(f"indexing {folder.name} {split}", total=sum(sizes))
+        for size, part in zip(sizes, _read_all(folder.require_split(split), plan, workers), strict=True):
             yield part
             progress.advance(task, size)
 
 
-def _read_all(shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
-    if workers is None:
-        size = sum(path.stat().st_size for path, _ in shards)
-        workers = 1 if size < PARALLEL_FROM_BYTES else os.cpu_count() or 1
+def _read_all(shards: list[tuple[DataPath, int]], plan: ShardPlan, workers: int) -> Iterator[ShardPart]:
     workers = min(workers, len(shards))
     if workers <= 1:
         yield from (read_shard(path, plan, expected) for path, expected in shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
 from spear_lightning.robot_data.episode_index import EpisodeIndex, Place
@@ -24,6 +25,9 @@ class Pictures(Protocol):
             DataError: If its file cannot be read.
         """
 
+    def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Prepare for reading the pictures of some frames, int64 (n,), next."""
+
 
 class EncodedPictures:
     """Pictures decoded and resized from the data set's own shards.
@@ -39,6 +43,10 @@ class EncodedPictures:
         self._index, self._source, self._camera = index, source, camera
         self._decoded_for = camera if scaled_decode else None
         self._blue_first = index.blue_first(source)
+
+    def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Fetch pictures that are in a bucket together (see `Pictures`)."""
+        self._index.fetch(self._source, frames, episodes)
 
     def read_into(self, frame: int, episode: int, out_3HW: Tensor) -> bool:
         """Decode and resize a frame's picture (see `Pictures`)."""

@@ -13,6 +13,7 @@ import yaml
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.dataset_entry import DatasetEntry, parse_entry
+from spear_lightning.robot_data.storage import DataPath
 
 Registry = Mapping[str, DatasetEntry]
 """Entries by id."""
@@ -65,7 +66,7 @@ def entry_of(dataset: str, entries: Registry | None = None) -> DatasetEntry:
     )
 
 
-def entry_for_folder(folder: Any, name: str, entries: Registry | None = None) -> DatasetEntry:
+def entry_for_folder(folder: DataPath, name: str, entries: Registry | None = None) -> DatasetEntry:
     """Return the registry entry of an RLDS folder NAME/VERSION.
 
     Args:

@@ -29,7 +29,7 @@ class RobotMixture:
     """Data sets with weights; builds missing indexes.
 
     Args:
-        root: Folder that holds NAME/VERSION folders of RLDS data sets.
+        root: Folder or bucket (gs://, s3://, ...) that holds NAME/VERSION folders of RLDS data sets.
         weights: Registry id -> weight.
         chunks: What a chunk of actions is.
         weighting: "per_frame" (weight times frames) or "share" (weight alone).

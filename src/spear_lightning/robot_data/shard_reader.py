@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from spear_lightning.robot_data.episode_rows import SkippedEpisode, episode_rows
 from spear_lightning.robot_data.example_wire import ByteSpans, Column, parse_example
 from spear_lightning.robot_data.images import decode_image, image_format, is_blank
 from spear_lightning.robot_data.rlds_folder import Feature, RldsFolder
+from spear_lightning.robot_data.storage import DataPath
 from spear_lightning.robot_data.tfrecord import read_records
 
 
@@ -92,7 +92,7 @@ def blue_first(folder: RldsFolder, entry: DatasetEntry) -> list[str]:
     ]
 
 
-def read_shard(path: Path, plan: ShardPlan, expected: int) -> ShardPart:
+def read_shard(path: DataPath, plan: ShardPlan, expected: int) -> ShardPart:
     """Read a shard once.
 
     Args:

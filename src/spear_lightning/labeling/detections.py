@@ -105,7 +105,7 @@ def box_overlaps(boxes_N4: np.ndarray) -> np.ndarray:
     return np.divide(shared_NN, union_NN, out=np.zeros_like(shared_NN), where=union_NN > 0)
 
 
-_ARTICLE = re.compile(r"^(?:an?|the)\s+", re.IGNORECASE)
+_ARTICLE = re.compile(r"^(?:an?|the)(?:\s+|$)", re.IGNORECASE)
 
 
 def clean_name(name: str) -> str:

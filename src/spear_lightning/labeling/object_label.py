@@ -10,6 +10,7 @@ import torch
 from spear_lightning.errors import DataError
 from spear_lightning.geometry.box_fit import fit_box, inliers
 from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.labeling.object_surface import smooth_surface
 from spear_lightning.labeling.records import ObjectLabel
 from spear_lightning.labeling.run_lengths import encode_mask
 
@@ -29,6 +30,8 @@ class BoxRecipe:
         max_points: Points used at most.
         min_points: Fewer points make no label.
         min_extent: Least edge length, as a share of the object's distance.
+        smoothing: Pixels to each side of a pixel over which the surface is smoothed and continued to the mask's
+            outline (see `object_surface`), for the box alone; 0: not (exact point maps).
     """
 
     erosion: int = 1
@@ -38,9 +41,10 @@ class BoxRecipe:
     max_points: int = 20_000
     min_points: int = 32
     min_extent: float = 0.004
+    smoothing: int = 3
 
 
-EXACT = BoxRecipe(erosion=0, edge=None, ratio=None, min_points=8)
+EXACT = BoxRecipe(erosion=0, edge=None, ratio=None, min_points=8, smoothing=0)
 """For masks and points without errors."""
 
 
@@ -73,7 +77,7 @@ def label_object(
         DataError: If too few points are left, or part of the box lies behind the camera.
     """
     mask_HW = np.asarray(mask_HW, bool)
-    points = object_points(points_HW3, mask_HW, recipe)
+    points, outline = object_points(points_HW3, mask_HW, recipe)
     if len(points) < recipe.min_points:
         raise DataError(
             "An object has too few points",
@@ -83,7 +87,7 @@ def label_object(
         )
     distance = np.linalg.norm(points, axis=-1)
     if box is None:
-        box = fit_box(points, min_extent=recipe.min_extent * float(np.median(distance)))
+        box = fit_box(np.concatenate([points, outline]), min_extent=recipe.min_extent * float(np.median(distance)))
     box = box.canonical()
     vertices = box.vertices()
     if float(vertices[:, 2].min()) <= 0:
@@ -108,20 +112,29 @@ def label_object(
     )
 
 
-def object_points(points_HW3: np.ndarray, mask_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:
-    """Return the (N, 3) float64 points of a mask that survive erosion, edge removal and the outlier test."""
+def object_points(points_HW3: np.ndarray, mask_HW: np.ndarray, recipe: BoxRecipe) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (N, 3) float64 points of a mask that survive erosion, edge removal and the outlier test.
+
+    Also (B, 3) points on the mask's outline, to which the surface was continued; none without smoothing.
+    """
     depth_HW = points_HW3[..., 2]
     valid_HW = mask_HW & np.isfinite(points_HW3).all(-1) & (depth_HW > 0)
-    rows, columns = np.flatnonzero(valid_HW.any(1)), np.flatnonzero(valid_HW.any(0))
-    if len(rows) == 0:
-        return np.zeros((0, 3))
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    if not valid_HW.any():
+        return np.zeros((0, 3)), np.zeros((0, 3))
     # All that follows looks at the mask's bounds alone.
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     keep_HW = _inner(mask_HW[part], valid_HW[part], depth_HW[part], recipe)
     points = points_HW3[part][keep_HW].astype(np.float64)
-    if recipe.ratio is None:
-        return points if len(points) <= recipe.max_points else points[_evenly(len(points), recipe.max_points)]
-    return points[inliers(points, recipe.neighbours, recipe.ratio, recipe.max_points)]
+    if recipe.ratio is not None:
+        dense = inliers(points, recipe.neighbours, recipe.ratio, recipe.max_points)
+        keep_HW[keep_HW] = dense
+        points = points[dense]
+    elif len(points) > recipe.max_points:
+        points = points[_evenly(len(points), recipe.max_points)]
+    if recipe.smoothing == 0 or len(points) < recipe.min_points:
+        return points, np.zeros((0, 3))
+    return smooth_surface(points_HW3[part], mask_HW[part], keep_HW, recipe.smoothing, recipe.erosion)
 
 
 def _inner(mask_HW: np.ndarray, valid_HW: np.ndarray, depth_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:

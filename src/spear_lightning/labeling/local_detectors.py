@@ -64,8 +64,21 @@ class LocalDetector(Detector):
         self._network = network.eval().requires_grad_(False).to(self._device)
 
     def detect(self, pictures: Sequence[Picture]) -> list[Detections | SpearError]:
-        """Look for the names in a batch of images."""
-        images = [picture.pixels_HW3 for picture in pictures]
+        """Look for the names in a batch of images.
+
+        Images of one size go through the network together. Grounding DINO would pad smaller ones, and find other
+        things in them than when they are alone.
+        """
+        same_size: dict[tuple[int, ...], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            same_size.setdefault(picture.pixels_HW3.shape, []).append(index)
+        found: dict[int, Detections] = {}
+        for indices in same_size.values():
+            results = self._batch([pictures[index].pixels_HW3 for index in indices])
+            found.update(zip(indices, results, strict=True))
+        return [found[index] for index in range(len(pictures))]
+
+    def _batch(self, images: list[np.ndarray]) -> list[Detections]:
         inputs = self._inputs(images).to(self._device)
         with self._one_at_a_time, torch.inference_mode():
             outputs = self._network(**inputs)

@@ -132,9 +132,18 @@ class GroundingDino(LocalDetector):
         from transformers import GroundingDinoForObjectDetection, GroundingDinoProcessor
 
         processor = GroundingDinoProcessor.from_pretrained(weights)
-        network = GroundingDinoForObjectDetection.from_pretrained(weights)
-        limit = network.config.max_text_len
-        encoded = processor.tokenizer(self._text, return_offsets_mapping=True)
+        return processor, GroundingDinoForObjectDetection.from_pretrained(weights)
+
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        """Load processor and network, and find which tokens of the text are whose.
+
+        Raises:
+            CheckpointError: If they cannot be loaded.
+            ConfigError: If the names are too many for the network.
+        """
+        super().prepare(device)
+        limit = self._network.config.max_text_len
+        encoded = self._processor.tokenizer(self._text, return_offsets_mapping=True)
         if len(encoded.input_ids) > limit:
             raise ConfigError(
                 "There are too many names for one text",
@@ -149,7 +158,6 @@ class GroundingDino(LocalDetector):
             inside = [start <= first and first < last <= end for first, last in encoded.offset_mapping]
             self._tokens_of_name.append(torch.tensor(inside).nonzero()[:, 0])
             start = end + 2
-        return processor, network
 
     def _inputs(self, images: list[np.ndarray]) -> Any:
         return self._processor(images=images, text=[self._text] * len(images), return_tensors="pt")

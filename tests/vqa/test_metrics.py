@@ -35,14 +35,14 @@ def test_boxes_shifted_by_half_a_side_overlap_by_a_third() -> None:
     assert found["centre_error"] == pytest.approx(0.25, abs=2 * HALF_BIN)
     assert found["vertex_error"] == pytest.approx(0.25, abs=2 * HALF_BIN)
     assert found["iou"] == pytest.approx((1 / 3 + 1) / 2, abs=0.01)
-    assert (found["iou@0.25"], found["iou@0.5"]) == (1, 0.5)
+    assert (found["iou_at_0.25"], found["iou_at_0.5"]) == (1, 0.5)
 
 
 def test_answers_that_do_not_parse_count_against_shares_and_not_into_errors() -> None:
     truth = [[TrueAnswer(BOX, cube(0.0))]] * 2 + [[TrueAnswer(DISTANCE, np.array([1.0]))]]
     found = measured([TOKENS.text(cube(0.0)), "a box", TOKENS.text(np.array([1.5]))], truth)
     assert found["parse_rate"] == pytest.approx(2 / 3)
-    assert (found["iou@0.25"], found["iou@0.5"]) == (0.5, 0.5)
+    assert (found["iou_at_0.25"], found["iou_at_0.5"]) == (0.5, 0.5)
     assert found["vertex_error"] < 2 * HALF_BIN
     assert found["relative_distance_error"] == pytest.approx(0.5, abs=2 * HALF_BIN)
     assert set(found) <= {"parse_rate", *MEASURES}

@@ -23,16 +23,16 @@ MEASURES = (
     "projection_error_pixels",
     "choice_accuracy",
     "iou",
-    "iou@0.25",
-    "iou@0.5",
+    "iou_at_0.25",
+    "iou_at_0.5",
 )
 """What tasks report about parsed answers.
 
 Errors are lengths in units of the batch's `unit`, but for the relative ones and the pixels; `iou` is the overlap
-of oriented boxes, `iou@t` the share of boxes with at least t.
+of oriented boxes, `iou_at_T` the share of boxes with at least T.
 """
 
-NOT_PARSED = {"choice_accuracy": 0.0, "iou": 0.0, "iou@0.25": 0.0, "iou@0.5": 0.0}
+NOT_PARSED = {"choice_accuracy": 0.0, "iou": 0.0, "iou_at_0.25": 0.0, "iou_at_0.5": 0.0}
 """What an answer that does not parse counts as; errors have no such value, and are means over parsed answers."""
 
 
@@ -88,24 +88,28 @@ class AnswerMetrics(Metric):
         self.add_state("parsed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("asked", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, texts: Sequence[str], asked: Sequence[Sequence[TrueAnswer]], height: int, width: int) -> None:
+    def update(
+        self,
+        answers: Sequence[str | Sequence[Answer | None]],
+        asked: Sequence[Sequence[TrueAnswer]],
+        height: int,
+        width: int,
+    ) -> None:
         """Read answers and compare them with the truth.
 
         Args:
-            texts: B texts that the model wrote.
+            answers: B texts that the model wrote; or for each sample what was read of them already.
             asked: What they should say (`VqaBatch.asked`).
             height: Rows of the images the model saw.
             width: Columns.
         """
-        for text, questions in zip(texts, asked, strict=True):
+        for answer, questions in zip(answers, asked, strict=True):
             tasks = [self._task(question.task) for question in questions]
-            found = read_answers(text, tasks, self._tokens, height, width) if tasks else []
-            self.compare(found, questions)
-
-    def compare(self, found: Sequence[Answer | None], questions: Sequence[TrueAnswer]) -> None:
-        """Compare answers that were read already; None counts as one that does not parse."""
-        for answer, question in zip(found, questions, strict=True):
-            self._count(self._task(question.task), answer, Answer(question.values, question.choice))
+            found = answer
+            if isinstance(found, str):
+                found = read_answers(found, tasks, self._tokens, height, width) if tasks else []
+            for task, one, question in zip(tasks, found, questions, strict=True):
+                self._count(task, one, Answer(question.values, question.choice))
 
     def _task(self, path: str) -> Task:
         if path not in self._tasks:

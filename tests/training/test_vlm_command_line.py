@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -196,16 +197,21 @@ def test_predict_writes_questions_and_answers(tmp_path: Path, whole_run: Path) -
 
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
 def test_a_policy_starts_from_spear_vlm_by_one_key(
-    kind: str, tmp_path: Path, whole_run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    tmp_path: Path,
+    whole_run: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     source = checkpoint(whole_run, 7)
     if kind == "export":
         load_answerer(source).save_pretrained(tmp_path / "export")
     path = source if kind == "checkpoint" else tmp_path / "export"
     write_demo_episodes(tmp_path, episodes=4, steps=6, height=32, width=48)
     options = [f"--model.vlm={path}", "--trainer.max_steps=1", f"--data.index_folder={tmp_path / 'indexes'}"]
-    language = ["--model.policy.vla.vlm.language.vocab_size=1300"]
-    assert fit(tmp_path / "vla", tmp_path, *options, *language, config=VLA_TWIN) == 0
+    assert fit(tmp_path / "vla", tmp_path, *options, config=VLA_TWIN) == 0
+    assert "left out: 64 embeddings of 3D tokens, 1040 embeddings beyond" in caplog.text
     averages = read_checkpoint(source)["ema"]
     found = weights(tmp_path / "vla", 1)
     prefix = "policy.vla.vlm."
@@ -213,8 +219,10 @@ def test_a_policy_starts_from_spear_vlm_by_one_key(
     for part in ("language_model.layers.0.mlp.up_proj.weight", "encoders.siglip.model.post_layernorm.weight"):
         expected = averages.get(f"answerer.vlm.{part}", weights(whole_run, 7)[f"answerer.vlm.{part}"])
         assert torch.equal(found[prefix + part], expected)
+    assert torch.equal(found[prefix + "language_model.embed_tokens.weight"], averages[BASE][:260])
     assert prefix + "language_model.new_embeddings.weight" not in found
-    assert fit(tmp_path / "other", tmp_path, *options, config=VLA_TWIN) == 1
+    other = "--model.policy.vla.vlm.language.mlp_width=64"
+    assert fit(tmp_path / "other", tmp_path, *options, other, config=VLA_TWIN) == 1
     assert "of another shape" in capsys.readouterr().err
 
 

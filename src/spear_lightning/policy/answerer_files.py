@@ -19,7 +19,6 @@ from torch import Tensor
 from spear_lightning.errors import CheckpointError
 from spear_lightning.models import PromptTokenizer, SpearVLM
 from spear_lightning.models.encoders.weight_files import HUB_ID, load_exactly, read_state_dict
-from spear_lightning.models.paligemma_weights import NEW_EMBEDDINGS
 from spear_lightning.models.tokenizer_files import save_tokenizer
 from spear_lightning.policy.answerer import Answerer
 from spear_lightning.policy.checkpoint import (
@@ -38,6 +37,9 @@ PREFIX = "answerer."
 
 VLM_PREFIX = "vlm."
 """Where the answerer keeps the network."""
+
+BASE_ROWS, NEW_ROWS = "language_model.embed_tokens.weight", "language_model.new_embeddings.weight"
+"""The network's two tables of embeddings."""
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 
@@ -200,10 +202,11 @@ def _download(repository: str) -> Path:
         ) from error
 
 
-def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> int:
+def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> list[str]:
     """Load the network of a trained SPEAR-VLM into that of a policy.
 
-    A network without 3D tokens leaves their embeddings out: instructions and actions do not use them.
+    Instructions and actions use no 3D tokens: their embeddings are left out where the policy's network has none,
+    and so are rows of the base embedding beyond those of the policy.
 
     Args:
         vlm: What to load into.
@@ -211,7 +214,7 @@ def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> int:
         path: See `load_answerer`; of a checkpoint the averaged weights are taken, where it has them.
 
     Returns:
-        How many tensors were left out.
+        What was left out.
 
     Raises:
         CheckpointError: If architecture or tokenizer differ.
@@ -229,7 +232,13 @@ def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> int:
     weights = {
         name[len(VLM_PREFIX) :]: tensor for name, tensor in stored.weights.items() if name.startswith(VLM_PREFIX)
     }
-    own = vlm.state_dict().keys()
-    spare = [name for name in weights if name.endswith(NEW_EMBEDDINGS) and name not in own]
-    load_exactly(vlm, {name: weights[name] for name in weights if name not in spare}, stored.where)
-    return len(spare)
+    left_out = []
+    own = vlm.state_dict()
+    if NEW_ROWS in weights and NEW_ROWS not in own:
+        left_out.append(f"{len(weights.pop(NEW_ROWS))} embeddings of 3D tokens")
+    spare = len(weights[BASE_ROWS]) - len(own[BASE_ROWS]) if BASE_ROWS in weights else 0
+    if spare > 0:
+        weights[BASE_ROWS] = weights[BASE_ROWS][: len(own[BASE_ROWS])]
+        left_out.append(f"{spare} embeddings beyond the policy's vocabulary")
+    load_exactly(vlm, weights, stored.where)
+    return left_out

@@ -115,7 +115,7 @@ class VLAModule(SpearModule):
         """Load pretrained weights of the parts that name some, or those of `vlm`, or all from `init_from`."""
         if self.vlm is not None:
             left_out = load_vlm(self.policy.vla.vlm, self.policy.prompt, self.vlm)
-            log.info("The VLM starts from %s; %d tensors left out (3D tokens)", self.vlm, left_out)
+            log.info("The VLM starts from %s; left out: %s", self.vlm, ", ".join(left_out) or "nothing")
             return
         if self.init_from is None:
             self.policy.vla.vlm.load_pretrained()

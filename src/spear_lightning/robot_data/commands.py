@@ -15,6 +15,7 @@ from rich.table import Table
 from spear_lightning.errors import ConfigError
 from spear_lightning.geometry import quaternions
 from spear_lightning.robot_data.dataset_entry import DatasetEntry
+from spear_lightning.robot_data.dataset_folder import DatasetFolder, open_folder
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.experiment_options import (
     camera_options,
@@ -24,8 +25,7 @@ from spear_lightning.robot_data.experiment_options import (
 )
 from spear_lightning.robot_data.index_build import BESIDE, build_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
-from spear_lightning.robot_data.registry import entry_for_folder, entry_of
-from spear_lightning.robot_data.rlds_folder import RldsFolder, open_rlds
+from spear_lightning.robot_data.registry import entry_for_folder, entry_of, read_registry
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 
 WIDTH = 160
@@ -86,8 +86,11 @@ def _add_experiment_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="RLDS folder: one version of one data set, e.g. bridge_dataset/1.0.0")
+    parser.add_argument(
+        "path", help="one data set: an RLDS folder such as bridge_dataset/1.0.0, or a LeRobot folder"
+    )
     parser.add_argument("--dataset", help="registry id of its conventions; default: found by its name")
+    parser.add_argument("--registry", help="YAML file of your own registry entries")
     parser.add_argument("--split", default="train", help="default: train")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--beside", action="store_true", help="keep the index in PATH/spear_index")
@@ -96,9 +99,13 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _resolve(options: argparse.Namespace) -> tuple[RldsFolder, DatasetEntry, Path | None]:
-    folder = open_rlds(options.path)
-    entry = entry_of(options.dataset) if options.dataset else entry_for_folder(folder.path, folder.name)
+def _resolve(options: argparse.Namespace) -> tuple[DatasetFolder, DatasetEntry, Path | None]:
+    folder = open_folder(options.path)
+    known = read_registry(options.registry)
+    if options.dataset:
+        entry = entry_of(options.dataset, known)
+    else:
+        entry = entry_for_folder(folder.path, folder.name, known)
     if not options.beside:
         return folder, entry, Path(options.index_folder) if options.index_folder else None
     if not isinstance(folder.path, Path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spear_lightning.errors import ConfigError, DataError
-from spear_lightning.robot_data.images import decode_image
+from spear_lightning.robot_data.images import CameraSpec, decode_image
 from spear_lightning.robot_data.index_store import read_array_folder
 from spear_lightning.robot_data.storage import DataPath, data_path
+
+if TYPE_CHECKING:
+    from spear_lightning.robot_data.video_frames import VideoFrames
 
 OPEN_SHARDS = 128
 """Shard files kept open per process: far below the usual limit of 1024."""
@@ -70,6 +73,8 @@ class EpisodeIndex:
             for name in self._arrays
             if name.startswith(prefix) and name.endswith(suffix)
         ]
+        self._blue_first = frozenset(self.description.get("blue_first", ()))
+        self._videos: VideoFrames | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._fetched: dict[tuple[str, int], bytes] = {}
 
@@ -112,8 +117,11 @@ class EpisodeIndex:
         """Return the stored bytes of a picture, read from its shard by byte range.
 
         Raises:
+            ConfigError: If the data set keeps its pictures in videos.
             DataError: If the shard cannot be read.
         """
+        if self._in_videos:
+            raise ConfigError("Pictures in videos are not stored one by one", where=self.folder, found=camera)
         if not isinstance(self._data_folder, Path):
             if (camera, frame) not in self._fetched:
                 self.fetch(camera, np.array([frame]), np.array([episode]))
@@ -143,7 +151,7 @@ class EpisodeIndex:
         Raises:
             DataError: If the bucket cannot be read.
         """
-        if isinstance(self._data_folder, Path):
+        if isinstance(self._data_folder, Path) or self._in_videos:
             return
         wanted = {int(frame): int(episode) for frame, episode in zip(frames, episodes, strict=True)}
         there = [frame for frame, episode in wanted.items() if self.has_image(camera, frame, episode)]
@@ -155,24 +163,37 @@ class EpisodeIndex:
         self._fetched = {key: part for key, part in self._fetched.items() if key[0] != camera}
         self._fetched |= {(camera, frame): part for frame, part in zip(there, parts, strict=True)}
 
-    def read_image(self, camera: str, frame: int, episode: int) -> np.ndarray:
+    def read_image(self, camera: str, frame: int, episode: int, shown_as: CameraSpec | None = None) -> np.ndarray:
         """Return a picture as stored: uint8 RGB (height, width, 3).
+
+        Args:
+            camera: Which camera.
+            frame: Which frame.
+            episode: Its episode.
+            shown_as: If given, JPEGs are decoded at a fraction of their size where that is enough for it.
 
         Raises:
             DataError: If it cannot be read or decoded.
         """
+        if self._in_videos:
+            file = int(self._arrays[f"camera/{camera}/video"][episode])
+            picture_HW3 = self._open_videos().read(file, int(self._arrays[f"camera/{camera}/offset"][frame]))
+            return np.ascontiguousarray(picture_HW3[..., ::-1]) if self.blue_first(camera) else picture_HW3
         data = self.encoded_image(camera, frame, episode)
-        return decode_image(data, Place(self, camera, frame, episode), None, self.blue_first(camera))
+        return decode_image(data, Place(self, camera, frame, episode), shown_as, self.blue_first(camera))
 
     def blue_first(self, camera: str) -> bool:
         """Return whether a camera's pictures are stored with red and blue exchanged; `read_image` mends it."""
-        return camera in self.description.get("blue_first", ())
+        return camera in self._blue_first
 
     def place(self, camera: str, frame: int, episode: int) -> str:
         """Say where a picture is, for messages."""
         shard = self._data_folder / self._shards[int(self._arrays["episode_shard"][episode])]
         offset = int(self._arrays[f"camera/{camera}/offset"][frame])
         step = frame - int(self.episode_starts[episode])
+        if self._in_videos:
+            video = self.description["videos"][int(self._arrays[f"camera/{camera}/video"][episode])]
+            return f"{self._data_folder / video}, frame {offset}: camera {camera}, episode {episode}, step {step}"
         return f"{shard}, byte {offset}: camera {camera}, episode {episode}, step {step}"
 
     def _open_shard(self, shard: int) -> int:
@@ -195,10 +216,23 @@ class EpisodeIndex:
         self._files[shard] = descriptor
         return descriptor
 
+    @property
+    def _in_videos(self) -> bool:
+        return "videos" in self.description
+
+    def _open_videos(self) -> VideoFrames:
+        if self._videos is None:
+            from spear_lightning.robot_data.video_frames import VideoFrames
+
+            self._videos = VideoFrames(self._data_folder, self.description["videos"], self.rate_hz)
+        return self._videos
+
     def close(self) -> None:
         """Close the shard files that are open in this process."""
         while self._files:
             os.close(self._files.popitem()[1])
+        if self._videos is not None:
+            self._videos.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "data_folder": self._data_folder}

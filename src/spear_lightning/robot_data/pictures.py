@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from spear_lightning.robot_data.episode_index import EpisodeIndex, Place
-from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image_into
+from spear_lightning.robot_data.episode_index import EpisodeIndex
+from spear_lightning.robot_data.images import CameraSpec, fit_image_into
 
 
 class Pictures(Protocol):
@@ -42,7 +42,6 @@ class EncodedPictures:
     def __init__(self, index: EpisodeIndex, source: str, camera: CameraSpec, scaled_decode: bool = False) -> None:
         self._index, self._source, self._camera = index, source, camera
         self._decoded_for = camera if scaled_decode else None
-        self._blue_first = index.blue_first(source)
 
     def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
         """Fetch pictures that are in a bucket together (see `Pictures`)."""
@@ -52,7 +51,6 @@ class EncodedPictures:
         """Decode and resize a frame's picture (see `Pictures`)."""
         if not self._index.has_image(self._source, frame, episode):
             return False
-        data = self._index.encoded_image(self._source, frame, episode)
-        where = Place(self._index, self._source, frame, episode)
-        fit_image_into(decode_image(data, where, self._decoded_for, self._blue_first), self._camera, out_3HW)
+        picture_HW3 = self._index.read_image(self._source, frame, episode, self._decoded_for)
+        fit_image_into(picture_HW3, self._camera, out_3HW)
         return True

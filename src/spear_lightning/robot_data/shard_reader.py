@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -25,12 +26,22 @@ class ShardPlan:
     Attributes:
         entry: Conventions of the data set.
         features: Its features by key.
+        blue_first: Cameras whose pictures this copy stores blue first.
         verify_images: Whether every image is decoded (slow), or its first and last bytes are looked at.
     """
 
     entry: DatasetEntry
     features: dict[str, Feature]
+    blue_first: tuple[str, ...] = ()
     verify_images: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the index must know to read pictures."""
+        return {"format": "rlds", "blue_first": list(self.blue_first)}
+
+    def read(self, path: DataPath, episodes: int) -> ShardPart:
+        """Read a shard (see `read_shard`)."""
+        return read_shard(path, self, episodes)
 
 
 @dataclass
@@ -79,17 +90,13 @@ def plan_shards(folder: RldsFolder, entry: DatasetEntry, verify_images: bool = F
             expected=f"step features like those there: {sorted(steps)}",
             remedy="check that it is the right copy of the data set, or the right --dataset",
         )
-    return ShardPlan(entry, folder.features, verify_images)
-
-
-def blue_first(folder: RldsFolder, entry: DatasetEntry) -> list[str]:
-    """Return the cameras whose pictures this copy of a data set stores blue first."""
     there = {name: folder.features.get(camera.key) for name, camera in entry.cameras.items()}
-    return [
+    blue_first = tuple(
         name
         for name, feature in there.items()
         if feature is not None and entry.cameras[name].blue_first(feature.shape, feature.encoding)
-    ]
+    )
+    return ShardPlan(entry, folder.features, blue_first, verify_images)
 
 
 def read_shard(path: DataPath, plan: ShardPlan, expected: int) -> ShardPart:
@@ -113,7 +120,7 @@ def read_shard(path: DataPath, plan: ShardPlan, expected: int) -> ShardPart:
         try:
             episode, instructions = _read_episode(begin, payload, plan, part, where)
         except SkippedEpisode as reason:
-            _note(part, f"episodes skipped: {reason}", where)
+            note(part, f"episodes skipped: {reason}", where)
             continue
         part.instructions.extend(instructions)
         for name, values in episode.items():
@@ -130,7 +137,8 @@ def read_shard(path: DataPath, plan: ShardPlan, expected: int) -> ShardPart:
     return part
 
 
-def _note(part: ShardPart, problem: str, where: str, count: int = 1) -> None:
+def note(part: ShardPart, problem: str, where: str, count: int = 1) -> None:
+    """Count something that was skipped or missing."""
     part.problems[problem] += count
     part.examples.setdefault(problem, where)
 
@@ -149,7 +157,7 @@ def _read_episode(
     streams = {key: _numbers(plan.features[key], columns, payload) for key in entry.required_keys()}
     episode = episode_rows(entry, streams)
     for problem, count in episode.problems.items():
-        _note(part, problem, where, count)
+        note(part, problem, where, count)
     rows, kept_T, runs = episode.rows, episode.kept_T, len(episode.lengths_R)
     for name, camera in entry.cameras.items():
         feature = plan.features.get(camera.key)
@@ -161,7 +169,7 @@ def _read_episode(
         good_T, present = _check_images(spans, payload, plan.verify_images)
         good_N = good_T[kept_T]
         if not good_N.all():
-            _note(part, f"frames skipped: broken image of camera {name}", where, int((~good_N).sum()))
+            note(part, f"frames skipped: broken image of camera {name}", where, int((~good_N).sum()))
         if not camera.optional:
             rows["usable"] &= good_N
         rows[f"camera/{name}/offset"] = begin + spans.offsets[kept_T]
@@ -170,7 +178,7 @@ def _read_episode(
     rows["length"] = episode.lengths_R
     instruction = _instruction(plan, columns, payload)
     if entry.instruction and not instruction:
-        _note(part, "episodes without an instruction (kept in the index)", where)
+        note(part, "episodes without an instruction (kept in the index)", where)
     return rows, [instruction] * runs
 
 

@@ -163,21 +163,23 @@ def data_path(place: str | DataPath) -> DataPath:
 
 
 def file_marks(paths: Iterable[DataPath]) -> list[tuple[str, int, int | str]]:
-    """Return (name, bytes, a mark that changes with the content) of files that are all in one folder.
+    """Return (name, bytes, a mark that changes with the content) of some files.
 
     Raises:
         FileNotFoundError: If one is not there; its `filename` says which.
     """
     marks: list[tuple[str, int, int | str]] = []
-    listed: dict[str, tuple[int, str]] | None = None
+    listed: dict[BucketPath, dict[str, tuple[int, str]]] = {}
     for path in paths:
         if isinstance(path, Path):
             status = os.stat(path)
             marks.append((path.name, status.st_size, status.st_mtime_ns))
             continue
-        # One listing instead of a question for every file.
-        listed = path.parent.sizes() if listed is None else listed
-        if path.name not in listed:
+        # One listing of a folder instead of a question for every file in it.
+        folder = path.parent
+        if folder not in listed:
+            listed[folder] = folder.sizes()
+        if path.name not in listed[folder]:
             raise FileNotFoundError(2, "No such file in the bucket", str(path))
-        marks.append((path.name, *listed[path.name]))
+        marks.append((path.name, *listed[folder][path.name]))
     return marks

@@ -52,6 +52,8 @@ def test_noise_becomes_small_and_the_outline_does_not_suffer() -> None:
     mask[:, :3] = False
     keep = mask & ~border(mask)
     noisy = points + 0.002 * rng.normal(size=points.shape)
+    # The border's own points are those of a background.
+    noisy[~keep] *= 1.5
     surface, outline = smooth_surface(noisy, mask, keep, 3, reach=1)
     before = np.linalg.norm((noisy - points)[keep], axis=-1)
     after = np.linalg.norm(surface - points[keep], axis=-1)
@@ -84,7 +86,23 @@ def test_what_was_left_out_within_is_no_outline_and_lone_pixels_stay() -> None:
     keep = np.zeros_like(mask)
     keep[10:20, 10:20] = True
     keep[30, 30] = True
-    surface, outline = smooth_surface(points, mask, keep, 3, reach=2)
+    broken = np.where(keep[..., None], points, 1.5 * points)
+    surface, outline = smooth_surface(broken, mask, keep, 3, reach=2)
     np.testing.assert_allclose(surface, points[keep], rtol=1e-6)
     # The mask's border is farther than two pixels from what was kept.
     assert len(outline) == 0
+
+
+def test_border_pixels_that_agree_with_their_inside_keep_their_points() -> None:
+    # A box edge that goes away steeply within the last pixels, and a background that shines through elsewhere.
+    points = wall((0.1, 0.2, 0.9))
+    mask = np.zeros((ROWS, COLUMNS), bool)
+    mask[10:30, 10:40] = True
+    keep = mask & ~border(mask)
+    seen = points * 1.0
+    seen[:20][border(mask)[:20]] *= 1.004
+    seen[20:][border(mask)[20:]] *= 1.2
+    surface, outline = smooth_surface(seen, mask, keep, 2, reach=1)
+    upper = border(mask) & (np.arange(ROWS) < 20)[:, None]
+    assert len(surface) == (keep | upper).sum()
+    np.testing.assert_allclose(outline, points[border(mask) & ~upper], rtol=1e-2)

@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from spear_lightning.errors import DataError
-from spear_lightning.geometry.box_fit import fit_box, inliers
+from spear_lightning.geometry.box_fit import fit_box
 from spear_lightning.geometry.oriented_boxes import OrientedBox
-from spear_lightning.labeling.object_surface import smooth_surface
+from spear_lightning.labeling.object_points import EXACT, BoxRecipe, object_points
 from spear_lightning.labeling.records import ObjectLabel
 from spear_lightning.labeling.run_lengths import encode_mask
 
+__all__ = ["EXACT", "BoxRecipe", "label_object", "mask_bounds"]
+
 NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class BoxRecipe:
-    """How points become a box.
-
-    Attributes:
-        erosion: Pixels taken off the mask's border, where points of the background mix in; 0 for exact masks.
-        edge: Points are dropped where the depth within 3 x 3 pixels of the mask varies by more than this share of
-            it; None keeps them (exact point maps).
-        neighbours: Nearest neighbours in the outlier test.
-        ratio: Robust standard deviations at which a point is an outlier; None: no test.
-        max_points: Points used at most.
-        min_points: Fewer points make no label.
-        min_extent: Least edge length, as a share of the object's distance.
-        smoothing: Pixels to each side of a pixel over which the surface is smoothed and continued to the mask's
-            outline (see `object_surface`), for the box alone; 0: not (exact point maps).
-    """
-
-    erosion: int = 1
-    edge: float | None = 0.04
-    neighbours: int = 16
-    ratio: float | None = 4.0
-    max_points: int = 20_000
-    min_points: int = 32
-    min_extent: float = 0.004
-    smoothing: int = 3
-
-
-EXACT = BoxRecipe(erosion=0, edge=None, ratio=None, min_points=8, smoothing=0)
-"""For masks and points without errors."""
 
 
 def label_object(
     points_HW3: np.ndarray,
     mask_HW: np.ndarray,
     name: str,
-    recipe: BoxRecipe = BoxRecipe(),
+    recipe: BoxRecipe = BoxRecipe(),  # noqa: B008 - frozen
     box: OrientedBox | None = None,
     box_2d: np.ndarray | None = None,
     visible_fraction: float = NAN,
@@ -110,55 +79,6 @@ def label_object(
         residual=_residual(box, points),
         detection_score=detection_score,
     )
-
-
-def object_points(points_HW3: np.ndarray, mask_HW: np.ndarray, recipe: BoxRecipe) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (N, 3) float64 points of a mask that survive erosion, edge removal and the outlier test.
-
-    Also (B, 3) points on the mask's outline, to which the surface was continued; none without smoothing.
-    """
-    depth_HW = points_HW3[..., 2]
-    valid_HW = mask_HW & np.isfinite(points_HW3).all(-1) & (depth_HW > 0)
-    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    if not valid_HW.any():
-        return np.zeros((0, 3)), np.zeros((0, 3))
-    # All that follows looks at the mask's bounds alone.
-    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    keep_HW = _inner(mask_HW[part], valid_HW[part], depth_HW[part], recipe)
-    points = points_HW3[part][keep_HW].astype(np.float64)
-    if recipe.ratio is not None:
-        dense = inliers(points, recipe.neighbours, recipe.ratio, recipe.max_points)
-        keep_HW[keep_HW] = dense
-        points = points[dense]
-    elif len(points) > recipe.max_points:
-        points = points[_evenly(len(points), recipe.max_points)]
-    if recipe.smoothing == 0 or len(points) < recipe.min_points:
-        return points, np.zeros((0, 3))
-    return smooth_surface(points_HW3[part], mask_HW[part], keep_HW, recipe.smoothing, recipe.erosion)
-
-
-def _inner(mask_HW: np.ndarray, valid_HW: np.ndarray, depth_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:
-    from scipy import ndimage
-
-    keep_HW = valid_HW
-    if recipe.erosion:
-        # Pixels at the image's border are not at the object's border.
-        eroded_HW = (
-            valid_HW
-            & ndimage.binary_erosion(
-                np.pad(mask_HW, 1, mode="edge"), np.ones((3, 3)), recipe.erosion, border_value=1
-            )[1:-1, 1:-1]
-        )
-        keep_HW = eroded_HW if eroded_HW.sum() >= recipe.min_points else keep_HW
-    if recipe.edge is not None:
-        far = ndimage.maximum_filter(np.where(keep_HW, depth_HW, -np.inf), 3)
-        near = ndimage.minimum_filter(np.where(keep_HW, depth_HW, np.inf), 3)
-        keep_HW = keep_HW & (far - near <= recipe.edge * depth_HW)
-    return keep_HW
-
-
-def _evenly(count: int, wanted: int) -> np.ndarray:
-    return np.linspace(0, count - 1, wanted).astype(np.int64)
 
 
 def mask_bounds(mask_HW: np.ndarray) -> np.ndarray:

@@ -21,6 +21,9 @@ CREASE = 4.0
 MOST_CHANGE = 0.05
 """The outline is continued by at most this share of 1 / depth."""
 
+AGREES = 0.006
+"""A pixel that erosion took keeps its own point if 1 / depth is that of the surface up to this share."""
+
 FEWEST = 6
 """An affine function of three numbers is fitted to so many pixels at least."""
 
@@ -39,16 +42,31 @@ def smooth_surface(
             other reasons are no part of the surface.
 
     Returns:
-        float64 (N, 3) smoothed points of the kept pixels, row by row, and (B, 3) points on the outline: of those
-        pixels of the mask's border that have a kept one within reach.
+        float64 (N, 3) smoothed points of the kept pixels, and of those within reach that agree with them, row by
+        row; and (B, 3) points that the surface is continued to at the other pixels of the outline within reach.
     """
     rays_u, rays_v = _rays(points_HW3, keep_HW)
-    with np.errstate(divide="ignore"):
-        inverse_HW = np.where(keep_HW, 1 / points_HW3[..., 2].astype(np.float64), 0.0)
-    fit = _fits(inverse_HW, keep_HW, half_window)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        measured_HW = 1 / points_HW3[..., 2].astype(np.float64)
+    keep_HW = keep_HW | _agreeing(measured_HW, mask_HW, keep_HW, half_window, reach)
+    fit = _fits(np.where(keep_HW, measured_HW, 0.0), keep_HW, half_window)
     rows, columns = np.nonzero(keep_HW)
     surface = _points(rays_u, rays_v, columns, rows, fit.value[rows, columns])
-    return surface, _outline(fit, mask_HW, keep_HW, rays_u, rays_v, reach)
+    rows, columns = np.nonzero(_border(mask_HW) & ~keep_HW)
+    inverse, close = _continued(fit, keep_HW, rows, columns, reach)
+    return surface, _points(rays_u, rays_v, columns[close], rows[close], inverse[close])
+
+
+def _agreeing(
+    measured_HW: np.ndarray, mask_HW: np.ndarray, keep_HW: np.ndarray, half_window: int, reach: int
+) -> np.ndarray:
+    """Return which pixels near the outline have a point of their own that continues the surface."""
+    fit = _fits(np.where(keep_HW, measured_HW, 0.0), keep_HW, half_window)
+    rows, columns = np.nonzero(mask_HW & ~keep_HW)
+    inverse, close = _continued(fit, keep_HW, rows, columns, reach)
+    agreeing_HW = np.zeros_like(mask_HW)
+    agreeing_HW[rows, columns] = close & (np.abs(measured_HW[rows, columns] / inverse - 1) < AGREES)
+    return agreeing_HW
 
 
 class _Fits(NamedTuple):
@@ -132,19 +150,23 @@ _AFFINE = ((0, 0), (1, 0), (0, 1))
 """Powers of (du, dv) of the three terms."""
 
 
-def _outline(
-    fit: _Fits, mask_HW: np.ndarray, keep_HW: np.ndarray, rays_u: np.ndarray, rays_v: np.ndarray, reach: int
-) -> np.ndarray:
+def _border(mask_HW: np.ndarray) -> np.ndarray:
+    """Return the outermost pixels of a mask; the part of the image that is looked at is the mask's bounds."""
     from scipy import ndimage
 
-    # What lies beyond the part of the image is not the object: the part is the mask's bounds.
-    border_HW = mask_HW & ~keep_HW & ~ndimage.binary_erosion(mask_HW, np.ones((3, 3)))
-    rows, columns = np.nonzero(border_HW)
+    return mask_HW & ~ndimage.binary_erosion(mask_HW, np.ones((3, 3)))
+
+
+def _continued(
+    fit: _Fits, keep_HW: np.ndarray, rows: np.ndarray, columns: np.ndarray, reach: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return 1 / depth of the surface continued to pixels (B,), and which of them have a kept one within reach."""
+    from scipy import ndimage
+
     kept = ndimage.distance_transform_edt(~keep_HW, return_distances=False, return_indices=True)
     near_row, near_column = kept[:, rows, columns]
     down, right = rows - near_row, columns - near_column
     value = fit.value[near_row, near_column]
     change = fit.along_u[near_row, near_column] * right + fit.along_v[near_row, near_column] * down
     inverse = value + np.clip(change, -MOST_CHANGE * value, MOST_CHANGE * value)
-    close = np.maximum(np.abs(down), np.abs(right)) <= reach
-    return _points(rays_u, rays_v, columns[close], rows[close], inverse[close])
+    return inverse, np.maximum(np.abs(down), np.abs(right)) <= reach

@@ -1,8 +1,8 @@
 """Boxes fitted by the labelling recipe against the truth of the tabletop world, from exact masks.
 
-Every object that is at least half visible is labelled from exact points, from noisy ones, and from points of which
-some are wild; each box is compared with the object's own. The reference is in the same run: the smallest box around
-the same points by trimesh, without erosion, outlier removal, smoothing or continuation of the surface.
+Every object that is at least half visible is labelled from exact points, from noisy ones, and from points of
+which some are wild; each box is compared with the object's own. The reference is in the same run: the smallest box
+around the same points by trimesh, without erosion, outlier removal, smoothing or continuation of the surface.
 
     .venv/bin/python benchmarks/box_labels.py
 """

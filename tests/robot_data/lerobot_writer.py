@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +14,7 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 CAMERAS = {"observation.images.image_0": (48, 64), "observation.images.image_1": (32, 32)}
 """Camera column -> height and width."""
@@ -123,6 +126,28 @@ def write_v3(folder: Path, motions: Motions, tasks: Sequence[str], fps: int, key
         for file, members in enumerate(([0], range(1, len(motions)))):
             shown = [picture(key, number, step) for number in members for step in range(len(motions[number][0]))]
             write_video(folder / "videos" / key / "chunk-000" / f"file-{file:03d}.mp4", shown, fps, key_every)
+
+
+def with_pictures(folder: Path, episodes: int) -> None:
+    """Move the pictures of a v2.1 data set from videos into the data files, as columns of type `image`."""
+    path = folder / "meta" / "info.json"
+    about = json.loads(path.read_text())
+    for key in CAMERAS:
+        about["features"][key]["dtype"] = "image"
+    path.write_text(json.dumps(about | {"video_path": None}))
+    for number in range(episodes):
+        file = folder / "data" / f"chunk-{number // 2:03d}" / f"episode_{number:06d}.parquet"
+        table = pq.read_table(file)
+        for key in CAMERAS:
+            shown = []
+            for step in range(len(table)):
+                buffer = io.BytesIO()
+                Image.fromarray(picture(key, number, step)).save(buffer, "png")
+                shown.append({"bytes": buffer.getvalue(), "path": f"frame_{step:06d}.png"})
+            table = table.append_column(key, pa.array(shown))
+        # Row groups end inside of episodes.
+        pq.write_table(table, file, row_group_size=5)
+    shutil.rmtree(folder / "videos")
 
 
 def write_v21(folder: Path, motions: Motions, tasks: Sequence[str], fps: int, key_every: int) -> None:

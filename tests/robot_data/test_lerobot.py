@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from lerobot_writer import Motions, picture, write_v3, write_v21
+from lerobot_writer import Motions, picture, with_pictures, write_v3, write_v21
 from scipy.spatial.transform import Rotation
 
 from spear_lightning import cli
@@ -20,6 +20,7 @@ from spear_lightning.errors import ConfigError, DataError
 from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.data_check import check_mixture
 from spear_lightning.robot_data.dataset import RobotDataset
+from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.images import CameraSpec, fit_image
 from spear_lightning.robot_data.index_build import ensure_index
@@ -171,14 +172,14 @@ def indexed(root: Path) -> EpisodeIndex:
 def test_what_an_entry_promises_and_the_data_set_lacks_is_named(fresh: Path) -> None:
     features = json.loads((fresh / NAME / "meta" / "info.json").read_text())["features"]
     features["observation.state"]["shape"] = [7]
-    features["observation.images.image_0"]["dtype"] = "image"
+    features["observation.images.image_0"]["dtype"] = "float32"
     rewrite_info(fresh, features=features, fps=10)
     with pytest.raises(DataError) as error:
         indexed(fresh)
     for part in (
         "'bridge_lerobot'",
         "observation.state: 7 numbers instead of at least 8",
-        "observation.images.image_0: image instead of video",
+        "observation.images.image_0: float32, no pictures",
         "fps 10 instead of 5",
     ):
         assert part in str(error.value)
@@ -219,6 +220,41 @@ def test_a_short_video_leaves_frames_out(fresh: Path, motions: Motions) -> None:
     path.unlink()
     with pytest.raises(DataError, match=r"video of a data set cannot be opened[\s\S]*file-000\.mp4"):
         ensure_index(fresh, entry_of("bridge_lerobot"), index_root=fresh / "again")
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_pictures_in_the_data_files(motions: Motions, tmp_path: Path, place: str) -> None:
+    write_v21(tmp_path / NAME, motions, TASKS, FPS, 2)
+    with_pictures(tmp_path / NAME, len(motions))
+    root: Path | str = tmp_path
+    if place == "bucket":
+        fsspec.filesystem("memory").put(str(tmp_path / NAME) + "/", "/pictures/" + NAME + "/", recursive=True)
+        root = "memory://pictures"
+    index = ensure_index(root, entry_of("bridge_lerobot"), index_root=tmp_path / "index")
+    for camera, column in SEEN.items():
+        for frame in np.random.default_rng(2).permutation(len(index)).tolist():
+            episode = int(index.episode_of(np.array([frame]))[0])
+            expected = picture(column, episode, frame - int(index.episode_starts[episode]))
+            np.testing.assert_array_equal(index.read_image(camera, frame, episode), expected)
+    assert index.encoded_image("primary", 3, 0).startswith(b"\x89PNG")
+    assert "row 3: camera primary" in index.place("primary", 3, 0)
+    mixture = RobotMixture(root, {"bridge_lerobot": 1.0}, ChunkSpec(), index_folder=tmp_path / "index")
+    dataset = RobotDataset(mixture.training, mixture.stream(), {"primary": CameraSpec(28, 28)}, ChunkSpec())
+    assert dataset.__getitems__(range(20)).image_mask["primary"].all()
+    if place == "bucket":
+        fsspec.filesystem("memory").rm("/pictures", recursive=True)
+
+
+def test_both_formats_in_one_mixture(fresh: Path) -> None:
+    write_demo_episodes(fresh, episodes=4, steps=9, height=48, width=64)
+    weights = {"bridge_lerobot": 1.0, "bridge": 1.0}
+    mixture = RobotMixture(fresh, weights, ChunkSpec(), weighting="share", index_folder=fresh / "index")
+    dataset = RobotDataset(mixture.training, mixture.stream(), {"primary": CameraSpec(28, 28)}, ChunkSpec())
+    batch = dataset.__getitems__(range(40))
+    assert set(batch.dataset.tolist()) == {0, 1}
+    assert batch.image_mask["primary"].all()
+    for row, number in enumerate(batch.dataset.tolist()):
+        assert ("the drawer", "reach for the")[number] in batch.instructions[row]
 
 
 def test_pictures_in_videos_have_no_bytes_of_their_own(fresh: Path) -> None:

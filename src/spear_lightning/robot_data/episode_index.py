@@ -15,6 +15,7 @@ from spear_lightning.robot_data.index_store import read_array_folder
 from spear_lightning.robot_data.storage import DataPath, data_path
 
 if TYPE_CHECKING:
+    from spear_lightning.robot_data.parquet_pictures import ParquetPictures
     from spear_lightning.robot_data.video_frames import VideoFrames
 
 OPEN_SHARDS = 128
@@ -74,6 +75,8 @@ class EpisodeIndex:
             if name.startswith(prefix) and name.endswith(suffix)
         ]
         self._blue_first = frozenset(self.description.get("blue_first", ()))
+        self._picture_columns: dict[str, str] = self.description.get("picture_columns", {})
+        self._tables: ParquetPictures | None = None
         self._videos: VideoFrames | None = None
         self._files: OrderedDict[int, int] = OrderedDict()
         self._fetched: dict[tuple[str, int], bytes] = {}
@@ -120,8 +123,12 @@ class EpisodeIndex:
             ConfigError: If the data set keeps its pictures in videos.
             DataError: If the shard cannot be read.
         """
-        if self._in_videos:
+        if self._in_video(camera):
             raise ConfigError("Pictures in videos are not stored one by one", where=self.folder, found=camera)
+        if camera in self._picture_columns:
+            row = int(self._arrays[f"camera/{camera}/offset"][frame])
+            shard = int(self._arrays["episode_shard"][episode])
+            return self._open_tables().read(shard, self._picture_columns[camera], row)
         if not isinstance(self._data_folder, Path):
             if (camera, frame) not in self._fetched:
                 self.fetch(camera, np.array([frame]), np.array([episode]))
@@ -151,7 +158,7 @@ class EpisodeIndex:
         Raises:
             DataError: If the bucket cannot be read.
         """
-        if isinstance(self._data_folder, Path) or self._in_videos:
+        if isinstance(self._data_folder, Path) or camera in self._picture_columns or self._in_video(camera):
             return
         wanted = {int(frame): int(episode) for frame, episode in zip(frames, episodes, strict=True)}
         there = [frame for frame, episode in wanted.items() if self.has_image(camera, frame, episode)]
@@ -175,7 +182,7 @@ class EpisodeIndex:
         Raises:
             DataError: If it cannot be read or decoded.
         """
-        if self._in_videos:
+        if self._in_video(camera):
             file = int(self._arrays[f"camera/{camera}/video"][episode])
             picture_HW3 = self._open_videos().read(file, int(self._arrays[f"camera/{camera}/offset"][frame]))
             return np.ascontiguousarray(picture_HW3[..., ::-1]) if self.blue_first(camera) else picture_HW3
@@ -191,10 +198,11 @@ class EpisodeIndex:
         shard = self._data_folder / self._shards[int(self._arrays["episode_shard"][episode])]
         offset = int(self._arrays[f"camera/{camera}/offset"][frame])
         step = frame - int(self.episode_starts[episode])
-        if self._in_videos:
+        if self._in_video(camera):
             video = self.description["videos"][int(self._arrays[f"camera/{camera}/video"][episode])]
             return f"{self._data_folder / video}, frame {offset}: camera {camera}, episode {episode}, step {step}"
-        return f"{shard}, byte {offset}: camera {camera}, episode {episode}, step {step}"
+        unit = "row" if camera in self._picture_columns else "byte"
+        return f"{shard}, {unit} {offset}: camera {camera}, episode {episode}, step {step}"
 
     def _open_shard(self, shard: int) -> int:
         descriptor = self._files.pop(shard, None)
@@ -216,9 +224,15 @@ class EpisodeIndex:
         self._files[shard] = descriptor
         return descriptor
 
-    @property
-    def _in_videos(self) -> bool:
-        return "videos" in self.description
+    def _in_video(self, camera: str) -> bool:
+        return f"camera/{camera}/video" in self._arrays
+
+    def _open_tables(self) -> ParquetPictures:
+        if self._tables is None:
+            from spear_lightning.robot_data.parquet_pictures import ParquetPictures
+
+            self._tables = ParquetPictures(self._data_folder, self._shards)
+        return self._tables
 
     def _open_videos(self) -> VideoFrames:
         if self._videos is None:

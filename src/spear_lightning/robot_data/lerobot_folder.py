@@ -10,13 +10,13 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from spear_lightning.errors import DataError, SpearError
 from spear_lightning.robot_data.storage import DataPath, data_path
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 INFO = "info.json"
 
@@ -112,7 +112,7 @@ def open_lerobot(folder: str | DataPath) -> LerobotFolder:
         return LerobotFolder(folder, folder.name, version, float(info["fps"]), columns, list(videos), files)
     except SpearError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             "The description of a LeRobot data set cannot be read",
             where=folder,
@@ -123,6 +123,8 @@ def open_lerobot(folder: str | DataPath) -> LerobotFolder:
 
 def read_parquet(path: DataPath, columns: Iterable[str] | None = None) -> pa.Table:
     """Read columns of a Parquet file on this machine or in a bucket."""
+    import pyarrow.parquet as pq
+
     wanted = None if columns is None else list(columns)
     if isinstance(path, Path):
         return pq.ParquetFile(path, memory_map=True).read(wanted)

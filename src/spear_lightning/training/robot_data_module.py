@@ -28,8 +28,8 @@ class RobotDataModule(L.LightningDataModule):
     has frames; the stream itself is endless and resumes at any step.
 
     Args:
-        root: Folder or bucket (gs://, s3://) that holds the data sets, RLDS as NAME/VERSION, LeRobot as NAME; the one
-            place that says where data is.
+        root: Folder or bucket (gs://, s3://) that holds the data sets, RLDS as NAME/VERSION, LeRobot as NAME; the
+            one place that says where data is.
         mixture: Registry id -> weight, e.g. `{bridge: 1.0}`.
         cameras: Camera name -> width, height, fit, in the order the model sees them. A camera that a sample
             lacks is masked.

@@ -144,6 +144,28 @@ def test_mistakes_are_noticed(tmp_path: Path, change: Change, sentence: str) -> 
     assert any(re.search(sentence, problem) for problem in problems), problems
 
 
+@pytest.mark.parametrize(
+    ("dataset", "key", "columns", "factor"),
+    [
+        ("ur5", "observation/robot_state", slice(9, 13), 1.3),
+        ("viola", "observation/ee_states", slice(0, 3), -1),
+        ("taco_play", "observation/robot_obs", slice(3, 6), 180 / np.pi),
+    ],
+    ids=["no unit quaternion", "reflection", "degrees"],
+)
+def test_what_is_no_rotation_is_noticed(
+    tmp_path: Path, dataset: str, key: str, columns: slice, factor: float
+) -> None:
+    layout = LAYOUTS[dataset]
+    moved = follow(motion(layout.centre, 40, 0))
+    values = dict(layout.store(moved))
+    values[key] = np.array(values[key])
+    values[key][:, columns] *= factor
+    layout.write(tmp_path, [replace(layout, store=lambda _: values).serialize(moved)] * 2)
+    (found,) = check(tmp_path, {dataset: 1.0})
+    assert any("of the stored rotations are none" in problem for problem in found.problems), found.problems
+
+
 def test_a_missing_data_set_does_not_hide_the_others(
     oxe_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

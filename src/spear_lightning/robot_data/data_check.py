@@ -12,6 +12,7 @@ import torch
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import SpearError
 from spear_lightning.geometry import quaternions
+from spear_lightning.robot_data.canonical import columns_of
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.dataset_entry import DatasetEntry
@@ -33,6 +34,9 @@ FASTEST_M_S, FASTEST_RAD_S = 2.0, 6.3
 
 FEW = 0.01
 """A smaller share of frames with something odd is not worth a word."""
+
+NO_ROTATION = 0.02
+"""Off by more, a quaternion is not of unit length, a matrix not orthogonal, an angle above a turn."""
 
 AGAINST = -0.5
 """Correlation of the commanded with the measured openness below which the sign of one must be wrong."""
@@ -179,6 +183,7 @@ def suspicions(index: EpisodeIndex, entry: DatasetEntry) -> list[str]:
                 f"{100 * outside:.0f} % of the positions lie outside of what is known of this data set "
                 f"({entry.position_low_m} to {entry.position_high_m} m): another unit, frame or version?"
             )
+    found += _rotation_suspicions(index, entry, frames)
     inner = frames[~np.isin(frames + 1, index.episode_starts)]
     now_n7, next_n7 = torch.from_numpy(index.pose[inner]), torch.from_numpy(index.pose[inner + 1])
     speed_n = torch.linalg.vector_norm(next_n7[:, :3] - now_n7[:, :3], dim=-1) * index.rate_hz
@@ -195,6 +200,27 @@ def suspicions(index: EpisodeIndex, entry: DatasetEntry) -> list[str]:
         if dark == 1:
             found.append(f"camera {camera} shows nothing in any episode")
     return found
+
+
+def _rotation_suspicions(index: EpisodeIndex, entry: DatasetEntry, frames: np.ndarray) -> list[str]:
+    """Say if what is stored as rotations is none: other columns would be normalised without a word."""
+    stored_n = columns_of(entry.rotation, {entry.rotation.key: np.asarray(index.raw(entry.rotation.key)[frames])})
+    if entry.rotation_convention.startswith("quat"):
+        off_n = np.abs(np.linalg.norm(stored_n, axis=1) - 1)
+    elif entry.rotation_convention == "matrix_colmajor":
+        matrix_n33 = stored_n.reshape(-1, 4, 4)[:, :3, :3]
+        off_n = np.abs(matrix_n33 @ matrix_n33.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
+        # A reflection is as orthogonal as a rotation.
+        off_n = np.maximum(off_n, np.abs(np.linalg.det(matrix_n33) - 1))
+    else:
+        off_n = np.maximum(np.abs(stored_n).max(axis=1) - 2 * np.pi, 0)
+    wrong = float((off_n > NO_ROTATION).mean())
+    if wrong <= FEW:
+        return []
+    return [
+        f"{100 * wrong:.0f} % of the stored rotations are none as {entry.rotation_convention} (off by up to "
+        f"{off_n.max():.2g}): other columns, or another convention?"
+    ]
 
 
 def _gripper_suspicions(index: EpisodeIndex, entry: DatasetEntry, frames: np.ndarray) -> list[str]:

@@ -10,22 +10,46 @@ import torch
 import yaml
 
 from spear_lightning import cli
-from spear_lightning.policy import build_policy
+from spear_lightning.policy import Answerer, build_policy
+from spear_lightning.policy.checkpoint import build
+from spear_lightning.training.freeze_plan import FreezePlan, Phase
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
-EXPERIMENTS = sorted(path.relative_to(FOLDER) for path in FOLDER.rglob("*.yaml"))
+# Those of `spear label` are tested with it.
+CHANGES = {
+    "tabletop/vlm_no_objects.yaml": ["tabletop/vlm.yaml"],
+    "ablations/no_obj_vlm.yaml": ["vlm_3dvqa.yaml", "vlm_3dvqa_encoders_frozen.yaml"],
+    "ablations/no_moge_vlm.yaml": ["vlm_3dvqa.yaml"],
+    "ablations/no_moge_vla.yaml": ["vla_oxe.yaml"],
+    "ablations/no_vla_mf_vla.yaml": ["vla_oxe.yaml"],
+}
+"""File that changes others -> those others."""
+
+OTHER_VERBS = ("labeling/",)
+"""Folders of configurations that other verbs than `spear fit` read."""
+
+EXPERIMENTS = sorted(
+    path.relative_to(FOLDER)
+    for path in FOLDER.rglob("*.yaml")
+    if str(path.relative_to(FOLDER)) not in CHANGES and not str(path.relative_to(FOLDER)).startswith(OTHER_VERBS)
+)
 
 
 def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / name).read_text())
 
 
+def resolved(capsys: pytest.CaptureFixture[str], *names: str) -> dict[str, Any]:
+    """Return the configuration that the command line makes of some files."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["fit", *(f"--config={FOLDER / name}" for name in names), "--print_config"])
+    assert stopped.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
 def test_the_command_line_accepts_it(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["fit", f"--config={FOLDER / experiment}", "--print_config"])
-    assert stopped.value.code == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
+    printed = resolved(capsys, str(experiment))
     # What the file says survives; nothing is dropped or renamed.
     assert (
         printed["data"]["init_args"]["cameras"].keys()
@@ -58,13 +82,111 @@ def test_paper_scale_model_has_the_paper_s_size() -> None:
     assert millions["expert"] == pytest.approx(311.5 + 3.2, abs=3)
 
 
-def test_quickstart_has_the_same_parts_as_the_paper_scale() -> None:
-    def class_paths(node: Any) -> set[str]:
-        if isinstance(node, dict):
-            own = {node["class_path"]} if "class_path" in node else set()
-            return own.union(*(class_paths(value) for value in node.values()))
-        if isinstance(node, list):
-            return set().union(*(class_paths(value) for value in node))
-        return set()
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_change_what_they_name_and_nothing_else(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def differences(first: Any, second: Any, where: str = "") -> set[str]:
+        if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+            return set().union(*(differences(first[key], second[key], f"{where}.{key}") for key in first))
+        return set() if first == second else {where}
 
-    assert class_paths(read("quickstart/vla.yaml")) == class_paths(read("vla_oxe.yaml"))
+    def leaves(node: Any, where: str = "") -> set[str]:
+        if isinstance(node, dict):
+            return set().union(*(leaves(value, f"{where}.{key}") for key, value in node.items()))
+        return {where}
+
+    for base in CHANGES[change]:
+        before, after = resolved(capsys, base), resolved(capsys, base, change)
+        changed = differences(before, after)
+        assert changed
+        assert all(any(leaf.startswith(where) for leaf in leaves(read(change))) for where in changed), changed
+
+
+def test_ablations_mean_what_their_names_say(capsys: pytest.CaptureFixture[str]) -> None:
+    def schedule(printed: dict[str, Any]) -> list[dict[str, Any]]:
+        return printed["trainer"]["callbacks"][0]["init_args"]["phases"]
+
+    random_pixels = resolved(capsys, "vlm_3dvqa_encoders_frozen.yaml", "ablations/no_obj_vlm.yaml")
+    assert list(random_pixels["data"]["init_args"]["tasks"]) == ["spear_lightning.vqa.object_tasks.RandomPixels"]
+    unfrozen = resolved(capsys, "vla_oxe.yaml", "ablations/no_vla_mf_vla.yaml")
+    assert [phase["freeze"] for phase in schedule(unfrozen)] == [[]]
+    vlm = resolved(capsys, "vlm_3dvqa.yaml", "ablations/no_moge_vlm.yaml")
+    vla = resolved(capsys, "vla_oxe.yaml", "ablations/no_moge_vla.yaml")
+    networks = [
+        vlm["model"]["init_args"]["answerer"]["init_args"]["vlm"],
+        vla["model"]["init_args"]["policy"]["init_args"]["vla"]["init_args"]["vlm"],
+    ]
+    for network, printed in zip(networks, (vlm, vla), strict=True):
+        assert list(network["init_args"]["encoders"]) == ["siglip"]
+        assert not [phase for phase in schedule(printed) if "moge" in str(phase)]
+
+
+def test_vlm_paper_scale_numbers() -> None:
+    both = read("vlm_3dvqa.yaml"), read("vlm_3dvqa_encoders_frozen.yaml")
+    frozen = []
+    for experiment in both:
+        data, trainer = experiment["data"]["init_args"], experiment["trainer"]
+        assert (data["batch_size"], trainer["max_steps"]) == (512, 12_000)
+        assert trainer["devices"] * trainer["num_nodes"] == 16
+        assert data["cameras"]["primary"] == {"width": 280, "height": 210, "fit": "crop"}
+        assert experiment["model"]["init_args"]["coordinate_weights"] == {0: 1.0, 2000: 2.0}
+        align, rest = trainer["callbacks"][0]["init_args"]["phases"]
+        assert set(align["train"]) == {
+            "vlm.projections.moge",
+            "vlm.projections.siglip",
+            "vlm.language_model.new_embeddings",
+        }
+        assert (align["freeze"], rest["start"]) == (["vlm"], 2000)
+        frozen.append(rest["freeze"])
+    assert frozen == [[], ["vlm.encoders.siglip", "vlm.encoders.moge"]]
+    assert class_paths(both[0]) == class_paths(both[1])
+
+
+def test_stage_1a_trains_the_paper_s_three_parts() -> None:
+    experiment = read("vlm_3dvqa.yaml")
+    phases = [Phase(**phase) for phase in experiment["trainer"]["callbacks"][0]["init_args"]["phases"]]
+    with torch.device("meta"):
+        network = build_answerer(experiment)
+        plan = FreezePlan(phases, network)
+    counts = {
+        part.name: sum(parameter.numel() for parameter in part.parameters.values())
+        for part in plan.components(network, 0)
+    }
+    assert counts == {
+        "vlm.projections.moge": 4096 * 2048 + 2048,
+        "vlm.projections.siglip": 1152 * 2048 + 2048,
+        "vlm.language_model.new_embeddings": 1024 * 2048,
+    }
+
+
+def test_tabletop_vlm_is_small_and_the_policy_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+    vlm = build_answerer(read("tabletop/vlm.yaml")).vlm
+    assert sum(parameter.numel() for parameter in vlm.parameters()) < 60e6
+    policy = build_policy(read("tabletop/vla.yaml")["model"]["init_args"]["policy"]).vla.vlm
+    tables = ("language_model.embed_tokens.weight", "language_model.new_embeddings.weight")
+    shapes = [
+        {name: value.shape for name, value in part.state_dict().items() if name not in tables}
+        for part in (vlm, policy)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def build_answerer(experiment: dict[str, Any]) -> Answerer:
+    config = experiment["model"]["init_args"]["answerer"]
+    config["init_args"]["prompt"]["init_args"]["tokenizer"] = "byte"
+    return build(Answerer, config, "answerer")
+
+
+@pytest.mark.parametrize(
+    ("small", "large"), [("quickstart/vla.yaml", "vla_oxe.yaml"), ("quickstart/vlm.yaml", "vlm_3dvqa.yaml")]
+)
+def test_quickstart_has_the_same_parts_as_the_paper_scale(small: str, large: str) -> None:
+    assert class_paths(read(small)) == class_paths(read(large))
+
+
+def class_paths(node: Any) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["class_path"]} if "class_path" in node else set()
+        return own.union(*(class_paths(value) for value in node.values()))
+    if isinstance(node, list):
+        return set().union(*(class_paths(value) for value in node))
+    return set()

@@ -150,3 +150,23 @@ class VqaBatch(TensorBatch):
         # Questions come first in every row, so cutting at the longest loses none.
         length = int(mask.sum(-1).max())
         return self.input_ids[:, :length].masked_fill(~mask[:, :length], 0), mask[:, :length]
+
+
+@dataclass
+class GeometryBatch(TensorBatch):
+    """Pictures with the depth of every pixel, taken by pinhole cameras with square pixels.
+
+    Attributes:
+        images: uint8 RGB (B, 3, H, W).
+        depth: float32 (B, H, W), z in the OpenCV camera frame, metres; inf where nothing is.
+        focal_x: float32 (B,), focal lengths in image widths; principal points are in the middle.
+        position: int64 (B,), the sample's position in the global sample stream (its identity).
+    """
+
+    images: Tensor
+    depth: Tensor
+    focal_x: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return self.images.shape[0]

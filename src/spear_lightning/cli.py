@@ -20,6 +20,7 @@ VERBS = {
         "worlds.tabletop.commands",
     ),
     "eval": ("success rates in closed loop:  spear eval --checkpoint FILE", "evaluation.commands"),
+    "label": ("make 3D labels of images:  spear label --images FOLDER", "labeling.commands"),
     "demo": ("index, train and predict on a small data set made on the spot", "training.demo"),
 }
 """Verb -> what it does, and the module whose `main(arguments) -> int` does it."""

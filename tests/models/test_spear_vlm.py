@@ -85,19 +85,25 @@ def test_logits_equal_paligemma(
         token_type_ids=token_type_ids,
         attention_mask=torch.ones_like(input_ids),
     ).logits
-    hidden = loaded({"front": pictures}, None, prompt, None, answer)
+    is_answer = torch.arange(9).expand(2, 9) >= 5
+    hidden = loaded({"front": pictures}, None, torch.cat([prompt, answer], dim=1), None, is_answer)
     torch.testing.assert_close(loaded.language_head(hidden), expected, atol=1e-4, rtol=1e-4)
     prefix_alone = loaded.language_head(loaded({"front": pictures}, None, prompt, None))
     torch.testing.assert_close(prefix_alone, expected[:, :9], atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_padding_between_prompt_and_answer_changes_no_logits(loaded: SpearVLM, pictures: Tensor) -> None:
+def test_padding_changes_no_logits(loaded: SpearVLM, pictures: Tensor) -> None:
     prompt, answer = tokens(2, 5), tokens(2, 4, seed=5)
-    padded = torch.cat([prompt, tokens(2, 3, seed=6)], dim=1)
-    mask = torch.arange(8).expand(2, 8) < 5
-    plain = loaded({"front": pictures}, None, prompt, None, answer)
-    found = loaded({"front": pictures}, None, padded, mask, answer, torch.ones(2, 4, dtype=torch.bool))
+    both = torch.cat([prompt, answer], dim=1)
+    plain = loaded({"front": pictures}, None, both, None, torch.arange(9).expand(2, 9) >= 5)
+    # After the answer, as batches have it; and after the prompt.
+    place = torch.arange(12).expand(2, 12)
+    behind = torch.cat([both, tokens(2, 3, seed=6)], dim=1)
+    found = loaded({"front": pictures}, None, behind, place < 9, (place >= 5) & (place < 9))
+    torch.testing.assert_close(found[:, :13], plain, atol=1e-5, rtol=1e-5)
+    between = torch.cat([prompt, tokens(2, 3, seed=6), answer], dim=1)
+    found = loaded({"front": pictures}, None, between, (place < 5) | (place >= 8), place >= 8)
     torch.testing.assert_close(found[:, -4:], plain[:, -4:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found[:, :9], plain[:, :9], atol=1e-5, rtol=1e-5)
 
@@ -107,8 +113,11 @@ def test_the_answer_is_causal_and_the_prefix_does_not_see_it(loaded: SpearVLM, p
     prompt, answer = tokens(2, 5), tokens(2, 4, seed=5)
     changed = answer.clone()
     changed[:, 2] = (changed[:, 2] + 1) % 298
-    before = loaded({"front": pictures}, None, prompt, None, answer)
-    after = loaded({"front": pictures}, None, prompt, None, changed)
+    is_answer = torch.arange(9).expand(2, 9) >= 5
+    before, after = (
+        loaded({"front": pictures}, None, torch.cat([prompt, part], dim=1), None, is_answer)
+        for part in (answer, changed)
+    )
     differs = (before != after).any(dim=-1).any(dim=0).tolist()
     assert differs == [False] * 11 + [True] * 2
 

@@ -221,13 +221,14 @@ from pathlib import Path
 from spear_lightning.robot_data import index_build
 from spear_lightning.robot_data.index_store import ArrayFolderWriter
 from spear_lightning.robot_data.registry import entry_of
+from spear_lightning.robot_data.rlds_folder import open_rlds
 append = ArrayFolderWriter.append
 def append_then_die(self, name, rows):
     append(self, name, rows)
     if name == "sample":
         os.kill(os.getpid(), signal.SIGKILL)
 ArrayFolderWriter.append = append_then_die
-folder = index_build.open_rlds({str(folder)!r})
+folder = open_rlds({str(folder)!r})
 index_build.build_index(folder, "train", entry_of("bridge"), Path({str(tmp_path / "index")!r}), 1)
 """
     result = subprocess.run([sys.executable, "-c", code], check=False)

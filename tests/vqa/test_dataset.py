@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from spear_lightning.batches import VqaBatch
-from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.batches import TrueAnswer, VqaBatch
+from spear_lightning.errors import CheckpointError, ConfigError, DataError
 from spear_lightning.labeling.demo_labels import write_demo_labels
 from spear_lightning.labeling.store import LabelStore
 from spear_lightning.models.prompt import PromptTokenizer
@@ -19,12 +19,19 @@ from spear_lightning.robot_data.dataset import EvenSamples
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.mixture import SampleStream
 from spear_lightning.vqa.augment import ViewRecipe
+from spear_lightning.vqa.constant_mean import ConstantMean
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer
 from spear_lightning.vqa.dataset import VqaDataset
 from spear_lightning.vqa.labelled_images import AvailableObjects, LabelledImages, LabelMixture, split_labels
-from spear_lightning.vqa.loader import ResumableVqaLoader, open_loader
+from spear_lightning.vqa.loader import FiniteVqaLoader, ResumableVqaLoader
 from spear_lightning.vqa.mixture import TaskMixture, load_task, read_answers
-from spear_lightning.vqa.question_data import fingerprint, measure_lengths, training_dataset, validation_dataset
+from spear_lightning.vqa.question_data import (
+    fingerprint,
+    measure_lengths,
+    training_answers,
+    training_dataset,
+    validation_dataset,
+)
 from spear_lightning.vqa.question_stream import QuestionStream
 from spear_lightning.vqa.task import Scene
 from spear_lightning.vqa.text_layout import MULTIPLE, TextLayout
@@ -220,7 +227,8 @@ def test_validation_reads_all_places_once(
     demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
 ) -> None:
     training, held_out = split_labels(demo_store, 0.2, seed=0)
-    assert (len(training), len(held_out)) == (48, 12)
+    assert len(training) + len(held_out) == 60
+    assert 6 <= len(held_out) <= 18
     assert set(training.indices).isdisjoint(held_out.indices)
     assert training.fingerprint() != held_out.fingerprint()
     dataset = make_dataset(
@@ -229,15 +237,48 @@ def test_validation_reads_all_places_once(
         all_tasks,
         window_batches=1,
         sources=[held_out],
-        finder=EvenSamples([12], 12),
+        finder=EvenSamples([len(held_out)], 5),
         views=ViewRecipe.plain(),
     )
-    loader = open_loader(dataset, [list(range(start, start + 6)) for start in (0, 6)])
+    loader = FiniteVqaLoader(dataset, range(5), batch_size=3)
+    assert len(loader) == 2
     for _ in range(2):
-        batches = list(loader)
-        assert [batch.position.tolist() for batch in batches] == [list(range(6)), list(range(6, 12))]
+        assert [batch.position.tolist() for batch in loader] == [[0, 1, 2], [3, 4]]
     with pytest.raises(ConfigError, match="left to train on"):
-        split_labels(demo_store, 0.999, seed=0)
+        split_labels(demo_store, 1 - 1e-12, seed=0)
+
+
+def test_an_image_stays_held_out_when_others_are_added(demo_folder: Path, tmp_path: Path) -> None:
+    def names(store: LabelStore, part: LabelledImages) -> set[str]:
+        ids = list(store.image_ids())
+        return {ids[index] for index in part.indices}
+
+    write_demo_labels(tmp_path, 90)
+    small, large = LabelStore(demo_folder), LabelStore(tmp_path)
+    assert list(small.image_ids()) == [label.image_id for label in small]
+    held = [names(store, split_labels(store, 0.2, seed=5)[1]) for store in (small, large)]
+    assert held[0]
+    assert held[0] == held[1] & set(small.image_ids())
+    assert held[1] != names(large, split_labels(large, 0.2, seed=6)[1])
+
+
+def test_the_constant_mean_is_the_mean_of_the_training_answers(
+    demo_folder: Path, tokens: CoordinateTokens, all_tasks: dict[str, float]
+) -> None:
+    labels, tasks = LabelMixture({str(demo_folder): 1.0}, holdout=0.2), TaskMixture(all_tasks)
+    before = tokens.encoded
+    answers = list(training_answers(labels, tasks, tokens, CAMERA, 1000))
+    assert tokens.encoded == before
+    assert len(answers) > len(labels.training[0])
+    box = "spear_lightning.vqa.object_tasks.BoxVertices"
+    question = TrueAnswer(box, np.zeros((8, 3)))
+    found, nothing = ConstantMean(answers).answer([question, TrueAnswer("another.Task", np.zeros(3))])
+    assert nothing is None
+    boxes = [answer.values for answer in answers if answer.task == box]
+    assert found is not None
+    np.testing.assert_allclose(found.values, np.mean(boxes, axis=0))
+    with pytest.raises(DataError, match="no answers"):
+        ConstantMean([])
 
 
 def test_images_without_anything_to_ask_are_counted_and_not_predicted(
@@ -293,11 +334,12 @@ def test_training_and_validation_data_of_a_mixture(
     batch = training.__getitems__(list(range(256)))
     assert 0.05 < float((batch.dataset == 1).double().mean()) < 0.15
     validation, places = validation_dataset(labels, tasks, tokens, layout, CAMERA, samples=100)
-    assert list(places) == list(range(20))
+    first, second = (len(part) for part in labels.held_out)
+    assert list(places) == list(range(first + second))
     held = validation.__getitems__(list(places))
-    assert held.dataset.tolist() == [0] * 15 + [1] * 5
+    assert held.dataset.tolist() == [0] * first + [1] * second
     shown = {tuple(row.flatten().tolist()) for row in held.images["primary"]}
-    assert len(shown) == 20
+    assert len(shown) == first + second > 10
     other = LabelMixture({str(demo_folder): 1.0}, holdout=0.25, seed=1)
     changed = TaskMixture({**all_tasks, "spear_lightning.vqa.object_tasks.Distance": 2.0})
     hashes = [

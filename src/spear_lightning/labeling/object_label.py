@@ -2,53 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
 from spear_lightning.errors import DataError
-from spear_lightning.geometry.box_fit import fit_box, inliers
+from spear_lightning.geometry.box_fit import fit_box
 from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.labeling.object_points import EXACT, BoxRecipe, object_points
 from spear_lightning.labeling.records import ObjectLabel
 from spear_lightning.labeling.run_lengths import encode_mask
 
+__all__ = ["EXACT", "BoxRecipe", "label_object", "mask_bounds"]
+
 NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class BoxRecipe:
-    """How points become a box.
-
-    Attributes:
-        erosion: Pixels taken off the mask's border, where points of the background mix in; 0 for exact masks.
-        edge: Points are dropped where the depth within 3 x 3 pixels of the mask varies by more than this share of
-            it; None keeps them (exact point maps).
-        neighbours: Nearest neighbours in the outlier test.
-        ratio: Robust standard deviations at which a point is an outlier; None: no test.
-        max_points: Points used at most.
-        min_points: Fewer points make no label.
-        min_extent: Least edge length, as a share of the object's distance.
-    """
-
-    erosion: int = 1
-    edge: float | None = 0.04
-    neighbours: int = 16
-    ratio: float | None = 4.0
-    max_points: int = 20_000
-    min_points: int = 32
-    min_extent: float = 0.004
-
-
-EXACT = BoxRecipe(erosion=0, edge=None, ratio=None, min_points=8)
-"""For masks and points without errors."""
 
 
 def label_object(
     points_HW3: np.ndarray,
     mask_HW: np.ndarray,
     name: str,
-    recipe: BoxRecipe = BoxRecipe(),
+    recipe: BoxRecipe = BoxRecipe(),  # noqa: B008 - frozen
     box: OrientedBox | None = None,
     box_2d: np.ndarray | None = None,
     visible_fraction: float = NAN,
@@ -73,7 +46,7 @@ def label_object(
         DataError: If too few points are left, or part of the box lies behind the camera.
     """
     mask_HW = np.asarray(mask_HW, bool)
-    points = object_points(points_HW3, mask_HW, recipe)
+    points, outline = object_points(points_HW3, mask_HW, recipe)
     if len(points) < recipe.min_points:
         raise DataError(
             "An object has too few points",
@@ -83,7 +56,7 @@ def label_object(
         )
     distance = np.linalg.norm(points, axis=-1)
     if box is None:
-        box = fit_box(points, min_extent=recipe.min_extent * float(np.median(distance)))
+        box = fit_box(np.concatenate([points, outline]), min_extent=recipe.min_extent * float(np.median(distance)))
     box = box.canonical()
     vertices = box.vertices()
     if float(vertices[:, 2].min()) <= 0:
@@ -106,46 +79,6 @@ def label_object(
         residual=_residual(box, points),
         detection_score=detection_score,
     )
-
-
-def object_points(points_HW3: np.ndarray, mask_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:
-    """Return the (N, 3) float64 points of a mask that survive erosion, edge removal and the outlier test."""
-    depth_HW = points_HW3[..., 2]
-    valid_HW = mask_HW & np.isfinite(points_HW3).all(-1) & (depth_HW > 0)
-    rows, columns = np.flatnonzero(valid_HW.any(1)), np.flatnonzero(valid_HW.any(0))
-    if len(rows) == 0:
-        return np.zeros((0, 3))
-    # All that follows looks at the mask's bounds alone.
-    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    keep_HW = _inner(mask_HW[part], valid_HW[part], depth_HW[part], recipe)
-    points = points_HW3[part][keep_HW].astype(np.float64)
-    if recipe.ratio is None:
-        return points if len(points) <= recipe.max_points else points[_evenly(len(points), recipe.max_points)]
-    return points[inliers(points, recipe.neighbours, recipe.ratio, recipe.max_points)]
-
-
-def _inner(mask_HW: np.ndarray, valid_HW: np.ndarray, depth_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:
-    from scipy import ndimage
-
-    keep_HW = valid_HW
-    if recipe.erosion:
-        # Pixels at the image's border are not at the object's border.
-        eroded_HW = (
-            valid_HW
-            & ndimage.binary_erosion(
-                np.pad(mask_HW, 1, mode="edge"), np.ones((3, 3)), recipe.erosion, border_value=1
-            )[1:-1, 1:-1]
-        )
-        keep_HW = eroded_HW if eroded_HW.sum() >= recipe.min_points else keep_HW
-    if recipe.edge is not None:
-        far = ndimage.maximum_filter(np.where(keep_HW, depth_HW, -np.inf), 3)
-        near = ndimage.minimum_filter(np.where(keep_HW, depth_HW, np.inf), 3)
-        keep_HW = keep_HW & (far - near <= recipe.edge * depth_HW)
-    return keep_HW
-
-
-def _evenly(count: int, wanted: int) -> np.ndarray:
-    return np.linspace(0, count - 1, wanted).astype(np.int64)
 
 
 def mask_bounds(mask_HW: np.ndarray) -> np.ndarray:

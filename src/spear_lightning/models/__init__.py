@@ -11,6 +11,7 @@ from spear_lightning.models.encoders import (
     VisionEncoder,
 )
 from spear_lightning.models.gemma_shape import GemmaShape
+from spear_lightning.models.moge import MogeV1, MogeV2
 from spear_lightning.models.prompt import PromptTokenizer
 from spear_lightning.models.spear_vla import Prefix, SpearVLA
 from spear_lightning.models.spear_vlm import SpearVLM
@@ -23,6 +24,8 @@ __all__ = [
     "GemmaShape",
     "MeanFusion",
     "MogeEncoder",
+    "MogeV1",
+    "MogeV2",
     "Prefix",
     "PromptTokenizer",
     "SiglipEncoder",

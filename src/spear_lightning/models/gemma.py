@@ -21,6 +21,9 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm, rep
 from spear_lightning.models.gemma_shape import GemmaShape
 from spear_lightning.models.rotary import Rotation, rotate, rotation_at
 
+_ROWS_AT_ONCE = 16384
+"""Embeddings from which new ones are drawn at a time."""
+
 
 class KeyValue(NamedTuple):
     """Keys (rotated) and values of one block: (B, kv_heads, L, head_dim) each."""
@@ -152,10 +155,23 @@ class GemmaTransformer(nn.Module):
         Returns:
             Hidden states (B, L, D) after the final norm.
         """
+        hidden_BLD, _ = self.with_key_values(hidden_BLD, positions_BL, mask, context)
+        return hidden_BLD
+
+    def with_key_values(
+        self,
+        hidden_BLD: Tensor,
+        positions_BL: Tensor,
+        mask: Tensor | None = None,
+        context: Sequence[KeyValue] | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Return what `forward` returns, and the tokens' own keys and values in every block."""
         rotation = rotation_at(positions_BL, self.shape.head_dim)
+        collected = []
         for index, block in enumerate(self.layers):
-            hidden_BLD, _ = block(hidden_BLD, rotation, mask, None if context is None else context[index])
-        return self.norm(hidden_BLD)
+            hidden_BLD, own = block(hidden_BLD, rotation, mask, None if context is None else context[index])
+            collected.append(own)
+        return self.norm(hidden_BLD), collected
 
     def key_values(self, hidden_BLD: Tensor, positions_BL: Tensor, mask: Tensor | None = None) -> list[KeyValue]:
         """Return the keys and values of every block, and compute nothing beyond the last ones.
@@ -184,6 +200,9 @@ class GemmaTransformer(nn.Module):
 class GemmaLanguageModel(GemmaTransformer):
     """A Gemma with its token embedding, which is its output head as well.
 
+    Tokens that are added to a pretrained vocabulary lie in a table of their own, `new_embeddings`. With the base
+    table `embed_tokens` frozen they train alone: no gradient and no optimizer state for its rows.
+
     Args:
         shape: Sizes.
     """
@@ -192,11 +211,42 @@ class GemmaLanguageModel(GemmaTransformer):
         super().__init__(shape)
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.width)
         nn.init.normal_(self.embed_tokens.weight, std=shape.width**-0.5)
+        self.new_embeddings: nn.Embedding | None = None
+        if shape.new_tokens:
+            self.new_embeddings = nn.Embedding(shape.new_tokens, shape.width)
+            nn.init.normal_(self.new_embeddings.weight, std=shape.width**-0.5)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the embeddings (B, L, D) of token ids (B, L), scaled by the square root of the width."""
-        return self.embed_tokens(input_ids) * self.shape.width**0.5
+        scale = self.shape.width**0.5
+        if self.new_embeddings is None:
+            return self.embed_tokens(input_ids) * scale
+        is_new_BL = input_ids >= self.shape.vocab_size
+        old_BLD = self.embed_tokens(input_ids.masked_fill(is_new_BL, 0))
+        new_BLD = self.new_embeddings((input_ids - self.shape.vocab_size).clamp(min=0))
+        return torch.where(is_new_BL[..., None], new_BLD, old_BLD) * scale
 
     def head(self, hidden_BLD: Tensor) -> Tensor:
-        """Return logits (B, L, vocab_size) of hidden states (B, L, D)."""
-        return F.linear(hidden_BLD, self.embed_tokens.weight)
+        """Return logits (B, L, vocab_size + new_tokens) of hidden states (B, L, D)."""
+        logits = F.linear(hidden_BLD, self.embed_tokens.weight)
+        if self.new_embeddings is None:
+            return logits
+        return torch.cat([logits, F.linear(hidden_BLD, self.new_embeddings.weight)], dim=-1)
+
+    @torch.no_grad()
+    def draw_new_embeddings(self, seed: int = 0) -> None:
+        """Draw the new rows from a normal distribution with mean and covariance of the base rows (spec section 4).
+
+        Args:
+            seed: Of the draw, which is the same in every process.
+        """
+        if self.new_embeddings is None:
+            return
+        base, new = self.embed_tokens.weight, self.new_embeddings.weight
+        generator = torch.Generator().manual_seed(seed)
+        mean, drawn = base.float().mean(0), torch.zeros_like(new, dtype=torch.float32)
+        # Independent normal multiples of all centred rows have the rows' covariance; no factorisation is needed.
+        for rows in base.split(_ROWS_AT_ONCE):
+            multiples = torch.randn(len(new), len(rows), generator=generator).to(base.device)
+            drawn += multiples @ (rows.float() - mean)
+        new.copy_(mean + drawn / max(1, len(base) - 1) ** 0.5)

@@ -21,6 +21,8 @@ class GemmaShape:
         kv_heads: Key and value heads; divides `heads`.
         head_dim: Channels of a head; even.
         vocab_size: Rows of the embedding table, of which a tokenizer may use fewer.
+        new_tokens: Tokens added to a pretrained vocabulary, with ids from `vocab_size` on; their embeddings are a
+            table of their own, which can train alone.
     """
 
     width: int = 2048
@@ -30,6 +32,7 @@ class GemmaShape:
     kv_heads: int = 1
     head_dim: int = 256
     vocab_size: int = 257216
+    new_tokens: int = 0
 
     def __post_init__(self) -> None:
         sizes = (
@@ -41,13 +44,18 @@ class GemmaShape:
             self.head_dim,
             self.vocab_size,
         )
-        if min(sizes) < 1 or self.heads % self.kv_heads or self.head_dim % 2:
+        if min(sizes) < 1 or self.new_tokens < 0 or self.heads % self.kv_heads or self.head_dim % 2:
             raise ConfigError(
                 "These sizes do not make a Gemma transformer",
                 where="GemmaShape",
                 found=self,
                 expected="positive sizes, `heads` a multiple of `kv_heads`, `head_dim` even",
             )
+
+    @property
+    def rows(self) -> int:
+        """Token ids there are embeddings for."""
+        return self.vocab_size + self.new_tokens
 
     def config(self) -> GemmaConfig:
         """Return the sizes as a configuration of transformers."""

@@ -18,6 +18,9 @@ SIGLIP = "siglip"
 LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.")
 """Where transformers 5 modules and the files on the hub keep Gemma."""
 
+NEW_EMBEDDINGS = "new_embeddings.weight"
+"""What SPEAR-VLM adds to the language model: PaliGemma has none, so it is drawn like PaliGemma's rows."""
+
 PROJECTOR_PREFIXES = ("model.multi_modal_projector.linear.", "multi_modal_projector.linear.")
 
 TIED_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
@@ -38,7 +41,8 @@ def load_paligemma(vlm: SpearVLM, weights: str) -> None:
         ConfigError: If the encoder named `siglip` is not a `SiglipEncoder`.
     """
     state, where = read_state_dict(weights, TRANSFORMERS_FILES)
-    load_exactly(vlm.language_model, part(state, LANGUAGE_PREFIXES, where), where)
+    load_exactly(vlm.language_model, part(state, LANGUAGE_PREFIXES, where), where, [NEW_EMBEDDINGS])
+    vlm.language_model.draw_new_embeddings()
     if SIGLIP not in vlm.encoders:
         return
     encoder = vlm.encoders[SIGLIP]

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,8 +57,12 @@ class Vocabulary(ABC):
         """Make words one token each, whatever surrounds them; return how many were new."""
 
     @abstractmethod
+    def reserve(self, count: int) -> None:
+        """Let words that are added later get ids from `count` on; does nothing if there are as many already."""
+
+    @abstractmethod
     def __len__(self) -> int:
-        """Ids there are."""
+        """Ids there are, reserved ones among them."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -73,20 +77,29 @@ class ByteVocabulary(Vocabulary):
     bos = 2
     first_byte = 3
 
-    def __init__(self, added: Sequence[str] = ()) -> None:
+    def __init__(self, added: Mapping[str, int] | None = None, size: int = first_byte + 256) -> None:
         self.newline = [self.first_byte + ord("\n")]
         self._added: dict[str, int] = {}
-        self.add(added)
+        self._size = size
+        self._learn(dict(added or {}))
 
     def add(self, names: Sequence[str]) -> int:
         """Give words an id each, after all ids there are."""
-        before = len(self)
-        for name in names:
-            self._added.setdefault(name, len(self))
+        new = [name for name in dict.fromkeys(names) if name not in self._added]
+        self._learn({name: self._size + place for place, name in enumerate(new)})
+        self._size += len(new)
+        return len(new)
+
+    def _learn(self, words: Mapping[str, int]) -> None:
+        self._added.update(words)
+        self._words = {number: name for name, number in self._added.items()}
         # Longer words first, so that none hides in another.
         longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._added else None
-        return len(self) - before
+
+    def reserve(self, count: int) -> None:
+        """Leave ids out."""
+        self._size = max(self._size, count)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return one id a byte, and one for each added word."""
@@ -103,22 +116,26 @@ class ByteVocabulary(Vocabulary):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text; bytes that are no UTF-8 become the replacement character."""
-        words = list(self._added)
+        """Return the text; bytes that are no UTF-8 become the replacement character, reserved ids nothing."""
         after = self.first_byte + 256
         encoded = b"".join(
-            words[number - after].encode() if number >= after else bytes([number - self.first_byte])
+            self._words.get(number, "").encode() if number >= after else bytes([number - self.first_byte])
             for number in ids
             if number >= self.first_byte
         )
         return encoded.decode("utf-8", errors="replace")
 
     def __len__(self) -> int:
-        return self.first_byte + 256 + len(self._added)
+        return self._size
+
+    @property
+    def added(self) -> dict[str, int]:
+        """The added words and their ids."""
+        return dict(self._added)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the added words, if there are any: there is one byte vocabulary otherwise."""
-        return {"added": list(self._added)} if self._added else {}
+        return {"added": self.added, "size": self._size} if self._added else {}
 
 
 class PretrainedVocabulary(Vocabulary):
@@ -192,6 +209,10 @@ class PretrainedVocabulary(Vocabulary):
         new = [AddedToken(name, normalized=False) for name in names if self.tokenizer.token_to_id(name) is None]
         return int(self.tokenizer.add_tokens(new))
 
+    def reserve(self, count: int) -> None:
+        """Fill up with words that no text holds: the library numbers words without a gap."""
+        self.add([f"<reserved_{number}>" for number in range(len(self), count)])
+
     def __len__(self) -> int:
         return int(self.tokenizer.get_vocab_size(with_added_tokens=True))
 
@@ -236,15 +257,17 @@ class PromptTokenizer:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
-    def add_tokens(self, names: Sequence[str]) -> int:
+    def add_tokens(self, names: Sequence[str], first_id: int = 0) -> int:
         """Make words, such as the 3D tokens, one token each; they travel with the tokenizer.
 
         Args:
             names: The words; those that are tokens already are left as they are.
+            first_id: Least id of the new ones, such as the number of rows of the pretrained embedding.
 
         Returns:
             How many were new: the embedding needs as many more rows.
         """
+        self.vocabulary.reserve(first_id)
         return self.vocabulary.add(names)
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -298,7 +321,7 @@ class PromptTokenizer:
             values = json.loads(text)
             if values["schema"] != SCHEMA:
                 raise ValueError(f"schema {values['schema']}, known is {SCHEMA}")
-            vocabulary: Vocabulary = ByteVocabulary(values.get("added", ()))
+            vocabulary: Vocabulary = ByteVocabulary(values.get("added"), values.get("size", 259))
             if "backend" in values:
                 tokenizer = Tokenizer.from_str(values["backend"])
                 vocabulary = PretrainedVocabulary(tokenizer, values["pad"], values["bos"], values.get("eos"))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError, ShapeError
@@ -142,39 +143,36 @@ class SpearVLM(nn.Module):
         image_mask: Mapping[str, Tensor] | None,
         input_ids: Tensor,
         text_mask: Tensor | None,
-        answer_ids: Tensor | None = None,
         answer_mask: Tensor | None = None,
     ) -> Tensor:
-        """Run the language model over prefix and answer (prefix-LM: the answer is causal).
+        """Run the language model over images and text (prefix-LM: answers are causal).
 
         Args:
             images: See `embed_prefix`.
             image_mask: See `embed_prefix`.
-            input_ids: See `embed_prefix`.
-            text_mask: See `embed_prefix`.
-            answer_ids: int64 (B, answer tokens), or `None` for the prefix alone.
-            answer_mask: bool like `answer_ids`, False for padding at the right; `None`: no padding.
+            input_ids: See `embed_prefix`; each row is a prompt, which may be followed by its answer.
+            text_mask: See `embed_prefix`; padding comes last.
+            answer_mask: bool like `input_ids`, True for the tokens of the answer; `None`: there are no answers.
 
         Returns:
-            Hidden states (B, P + answer tokens, D) after the final norm; `language_head` gives their logits.
+            Hidden states (B, P, D) after the final norm, the last L of them the text's; `language_head` gives
+            their logits.
         """
         tokens_BPD, valid_BP = self.embed_prefix(images, image_mask, input_ids, text_mask)
-        if answer_ids is None:
+        positions = positions_of(tokens_BPD, valid_BP)
+        if answer_mask is None:
             mask = None if valid_BP is None else valid_BP[:, None, None]
-            return self.language_model(tokens_BPD, positions_of(tokens_BPD, valid_BP), mask)
-        prefix_length = tokens_BPD.shape[1]
-        answer_BAD = self.language_model.embed(answer_ids).to(tokens_BPD.dtype)
-        if valid_BP is None:
-            valid_BP = tokens_BPD.new_ones(tokens_BPD.shape[:2], dtype=torch.bool)
-        answer_valid = torch.ones_like(answer_ids, dtype=torch.bool) if answer_mask is None else answer_mask
-        valid_BK = torch.cat([valid_BP, answer_valid], dim=1)
-        hidden_BKD = torch.cat([tokens_BPD, answer_BAD], dim=1)
-        order_K = torch.arange(valid_BK.shape[1], device=valid_BK.device).clamp(min=prefix_length - 1)
-        mask_B1KK = (order_K[:, None] >= order_K) & valid_BK[:, None, None]
-        return self.language_model(hidden_BKD, positions_of(hidden_BKD, valid_BK), mask_B1KK)
+            return self.language_model(tokens_BPD, positions, mask)
+        length = tokens_BPD.shape[1]
+        causal_BP = F.pad(answer_mask, (length - input_ids.shape[1], 0))
+        place_P = torch.arange(length, device=input_ids.device)
+        mask_BPP = (place_P[:, None] >= place_P) | ~causal_BP[:, None]
+        if valid_BP is not None:
+            mask_BPP = mask_BPP & valid_BP[:, None]
+        return self.language_model(tokens_BPD, positions, mask_BPP[:, None])
 
     def language_head(self, hidden_BLD: Tensor) -> Tensor:
-        """Return logits (B, L, vocab_size) of hidden states (B, L, D)."""
+        """Return logits (B, L, vocab_size + new_tokens) of hidden states (B, L, D)."""
         return self.language_model.head(hidden_BLD)
 
 

@@ -11,10 +11,10 @@ import copy
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.models import PromptTokenizer
@@ -22,6 +22,15 @@ from spear_lightning.policy.policy import Policy, PolicyInterface
 
 SCHEMA = 1
 """Version of the ``spear`` entry; a change that old readers cannot read increases it."""
+
+
+class Configured(Protocol):
+    """What was built from a configuration and keeps it."""
+
+    config: dict[str, Any] | None
+
+
+Built = TypeVar("Built", bound=Configured)
 
 POLICY_PREFIX = "policy."
 """Where a LightningModule keeps its policy, hence the prefix of its weights."""
@@ -49,21 +58,42 @@ def build_policy(config: Mapping[str, Any]) -> Policy:
     Raises:
         CheckpointError: If the configuration names classes or arguments that do not exist (any more).
     """
+    return build(Policy, config, "policy")
+
+
+def build(base: type[Built], config: Mapping[str, Any], name: str) -> Built:
+    """Build an object that has a `config` from its configuration; see `build_policy`.
+
+    Args:
+        base: Class of the object, or a base class.
+        config: `{"class_path": ..., "init_args": {...}}`.
+        name: What it is called in errors.
+
+    Raises:
+        CheckpointError: If the configuration names classes or arguments that do not exist (any more).
+    """
     from jsonargparse import ArgumentError, ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Policy, "policy", required=True)
+    parser.add_subclass_arguments(base, name, required=True)
     try:
-        parsed = parser.parse_object({"policy": copy.deepcopy(dict(config))})
+        parsed = parser.parse_object({name: copy.deepcopy(dict(config))})
     except (ArgumentError, TypeError, ValueError) as error:
         raise CheckpointError(
-            "The policy's configuration cannot be built with this version of the package",
-            where="spear.policy",
+            f"The {name}'s configuration cannot be built with this version of the package",
+            where=f"spear.{name}",
             found=error,
         ) from error
-    policy: Policy = parser.instantiate_classes(parsed).policy
-    policy.config = copy.deepcopy(dict(config))
-    return policy
+    built: Built = parser.instantiate_classes(parsed)[name]
+    built.config = copy.deepcopy(dict(config))
+    return built
+
+
+def without_network(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration whose tokenizer needs no files: the right one comes out of the checkpoint."""
+    offline = copy.deepcopy(dict(config))
+    offline["init_args"]["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
+    return offline
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -107,11 +137,15 @@ def policy_weights(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]
         checkpoint: What `read_checkpoint` returned.
         weights: "ema" lays the averaged weights over the raw ones where the checkpoint has them.
     """
+    return weights_under(checkpoint, POLICY_PREFIX, weights)
+
+
+def weights_under(checkpoint: Mapping[str, Any], prefix: str, weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
+    """Return the weights whose names begin with a prefix, without it; see `policy_weights`."""
     state = dict(checkpoint["state_dict"])
     if weights == "ema":
         state.update(checkpoint.get("ema") or {})
-    start = len(POLICY_PREFIX)
-    return {name[start:]: tensor for name, tensor in state.items() if name.startswith(POLICY_PREFIX)}
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def load_policy(path: str | Path, weights: Literal["ema", "raw"] = "ema", device: str = "cpu") -> Policy:
@@ -138,10 +172,7 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] = "ema", device
             found=f"no {', '.join(missing)}",
             remedy="train through `spear fit`, or build the policy yourself and load the weights into it",
         )
-    # The tokenizer comes from the checkpoint: the one the configuration names may need a network.
-    offline = copy.deepcopy(spear["policy"])
-    offline["init_args"]["prompt"]["init_args"]["tokenizer"] = "byte"
-    policy = build_policy(offline)
+    policy = build_policy(without_network(spear["policy"]))
     policy.config = spear["policy"]
     policy.prompt = PromptTokenizer.from_json(spear["tokenizer"])
     policy.interface = PolicyInterface.from_dict(spear["interface"])
@@ -150,14 +181,14 @@ def load_policy(path: str | Path, weights: Literal["ema", "raw"] = "ema", device
     return policy.to(device).eval()
 
 
-def load_policy_weights(policy: Policy, weights: Mapping[str, Tensor], where: object) -> None:
+def load_policy_weights(policy: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
     """Load weights exactly, or say how the architectures differ (see `check_policy_weights`)."""
     check_policy_weights(policy, weights, where)
     policy.load_state_dict(dict(weights))
 
 
-def check_policy_weights(policy: Policy, weights: Mapping[str, Tensor], where: object) -> None:
-    """Compare the names and shapes of weights with those of a policy.
+def check_policy_weights(policy: nn.Module, weights: Mapping[str, Tensor], where: object) -> None:
+    """Compare the names and shapes of weights with those of a policy (or an `Answerer`).
 
     Raises:
         CheckpointError: If any differs.

@@ -87,11 +87,11 @@ class Policy(nn.Module):
                 found=vla.expert.action_width,
                 expected=f"{flow.width} (3 translation + {flow.rotation.width} rotation + 1 gripper)",
             )
-        if len(prompt) > vla.vlm.language.vocab_size:
+        if len(prompt) > vla.vlm.language.rows:
             raise ConfigError(
                 "The tokenizer has more tokens than the language model has embeddings",
                 where="policy.vla.vlm.language.vocab_size",
-                found=vla.vlm.language.vocab_size,
+                found=vla.vlm.language.rows,
                 expected=f"at least {len(prompt)}",
             )
         self.vla = vla

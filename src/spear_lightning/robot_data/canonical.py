@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
-from spear_lightning.robot_data.registry import Columns, DatasetEntry
+from spear_lightning.robot_data.dataset_entry import EULER, Columns, DatasetEntry, RotationColumns
 
 RELATIVE_EVENT = 0.1
 """Relative gripper commands beyond this mean an opening or closing; smaller ones mean "hold"."""
+
+LARGEST_RELATIVE = 1.5
 
 DECIDED_OPEN, DECIDED_CLOSED = 0.95, 0.05
 """Between these a gripper command is on its way, and takes the value it is on its way to."""
@@ -32,10 +35,40 @@ def canonical_pose(entry: DatasetEntry, streams: Mapping[str, np.ndarray]) -> np
         float32 (T, 7): position in metres, unit quaternion xyzw with w >= 0, tool -> base.
     """
     position_T3 = columns_of(entry.position, streams)
-    rotation_Tn = torch.from_numpy(columns_of(entry.rotation, streams))
-    to_quaternion = _ROTATIONS[entry.rotation_convention]
-    quaternion_T4 = quaternions.canonicalize(to_quaternion(rotation_Tn)).numpy()
-    return np.concatenate([position_T3, quaternion_T4], axis=1).astype(np.float32)
+    quaternion_T4 = rotation_of(RotationColumns(entry.rotation, entry.rotation_convention), streams)
+    if entry.base_axes is not None:
+        base_33 = entry.base_matrix()
+        position_T3 = position_T3 @ base_33.T
+        quaternion_T4 = quaternions.multiply(quaternions.from_matrix(torch.from_numpy(base_33)), quaternion_T4)
+    quaternion_T4 = quaternions.canonicalize(quaternion_T4)
+    return np.concatenate([position_T3, quaternion_T4.numpy()], axis=1).astype(np.float32)
+
+
+def rotation_of(rotation: RotationColumns, streams: Mapping[str, np.ndarray]) -> torch.Tensor:
+    """Return the rotations in some numbers: float64 (T, 4), xyzw of either sign, tool -> recorded base frame."""
+    values_Tn = torch.from_numpy(columns_of(rotation.columns, streams))
+    euler = EULER.fullmatch(rotation.convention)
+    return from_euler(values_Tn, *euler.groups()) if euler else _ROTATIONS[rotation.convention](values_Tn)
+
+
+def from_euler(angles_T3: torch.Tensor, axes: str, frame: str) -> torch.Tensor:
+    """Convert Euler angles about any axes.
+
+    Args:
+        angles_T3: Radians, in the order of the axes.
+        axes: E.g. "zxy": first about z.
+        frame: "extrinsic": about axes that stay; "intrinsic": about axes turned by the angles before.
+
+    Returns:
+        (T, 4) unit quaternions of either sign.
+    """
+    turned = []
+    for place, axis in enumerate(axes):
+        rotvec_T3 = torch.zeros_like(angles_T3)
+        rotvec_T3[:, "xyz".index(axis)] = angles_T3[:, place]
+        turned.append(quaternions.from_rotvec(rotvec_T3))
+    first, second, third = turned if frame == "intrinsic" else reversed(turned)
+    return quaternions.multiply(quaternions.multiply(first, second), third)
 
 
 def columns_of(columns: Columns, streams: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -52,7 +85,7 @@ def gripper_state(entry: DatasetEntry, streams: Mapping[str, np.ndarray]) -> np.
     if entry.gripper_state is None:
         command_T = gripper_command(entry, streams)
         return np.concatenate([command_T[:1], command_T[:-1]])
-    return np.clip(columns_of(entry.gripper_state, streams)[:, 0], 0, 1).astype(np.float32)
+    return np.clip(columns_of(entry.gripper_state, streams).mean(axis=1), 0, 1).astype(np.float32)
 
 
 def gripper_command(entry: DatasetEntry, streams: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -88,7 +121,16 @@ def absolute_from_relative(command_T: np.ndarray) -> np.ndarray:
 
     Values within `RELATIVE_EVENT` of zero hold. Before the first event the gripper is in the state opposite to
     it, open if there is none.
+
+    Raises:
+        DataError: If a command is beyond 1: labels such as 0, 1, 2 would be misread.
     """
+    if (np.abs(command_T) > LARGEST_RELATIVE).any():
+        raise DataError(
+            "Relative gripper commands are out of range",
+            found=float(np.abs(command_T).max()),
+            expected=f"opening 1, closing -1, holding 0, all within {LARGEST_RELATIVE}",
+        )
     event_T = np.abs(command_T) > RELATIVE_EVENT
     if not event_T.any():
         return np.ones(len(command_T), np.float32)
@@ -103,7 +145,6 @@ def clipped(command_T: np.ndarray) -> np.ndarray:
 
 
 _ROTATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "euler_xyz_extrinsic": quaternions.from_euler_xyz_extrinsic,
     "quat_xyzw": _unit_xyzw,
     "quat_wxyz": lambda q: quaternions.from_wxyz(_unit_xyzw(q)),
     "rotvec": quaternions.from_rotvec,

@@ -1,37 +1,35 @@
-"""`spear data`: index robot data sets, look into them, measure a mixture."""
+"""`spear data`: index robot data sets, look into them, measure and check a mixture."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.geometry import quaternions
-from spear_lightning.robot_data.chunks import ChunkSpec
+from spear_lightning.robot_data.dataset_entry import DatasetEntry
+from spear_lightning.robot_data.dataset_folder import DatasetFolder, open_folder
 from spear_lightning.robot_data.episode_index import EpisodeIndex
+from spear_lightning.robot_data.experiment_options import (
+    camera_options,
+    mixture_options,
+    normalizer_clamp,
+    read_data_options,
+)
 from spear_lightning.robot_data.index_build import BESIDE, build_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
-from spear_lightning.robot_data.registry import DatasetEntry, entry_for_folder, entry_of
-from spear_lightning.robot_data.rlds_folder import RldsFolder, open_rlds
+from spear_lightning.robot_data.registry import entry_for_folder, entry_of, read_registry
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 
-MIXTURE_OPTIONS = (
-    "root",
-    "mixture",
-    "weighting",
-    "holdout",
-    "keep_without_instruction",
-    "seed",
-    "index_folder",
-)
-"""Options of the data module that decide which frames are trained on."""
+WIDTH = 160
+"""Characters in a line of tables that are not printed to a terminal."""
 
 
 def main(arguments: list[str]) -> int:
@@ -41,11 +39,10 @@ def main(arguments: list[str]) -> int:
         arguments: What follows `data`.
 
     Returns:
-        Exit status 0; errors are raised.
+        Exit status: 1 if `check` found a data set that cannot be used, else 0; errors are raised.
     """
     options = _parser().parse_args(arguments)
-    options.run(options)
-    return 0
+    return options.run(options) or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,19 +64,33 @@ def _parser() -> argparse.ArgumentParser:
 
     statistics = verbs.add_parser("statistics", help="compute the quantiles of an experiment's mixture")
     statistics.set_defaults(run=_statistics)
-    statistics.add_argument(
+    _add_experiment_options(statistics)
+
+    check = verbs.add_parser("check", help="look through an experiment's mixture before training on it")
+    check.set_defaults(run=_check)
+    _add_experiment_options(check)
+    check.add_argument("--report", default="data_check.html", help="HTML file to write (default: data_check.html)")
+    check.add_argument("--examples", type=int, default=3, help="frames to show of every data set (default: 3)")
+    return parser
+
+
+def _add_experiment_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--config",
         required=True,
         action="append",
         help="experiment, e.g. experiments/quickstart/vla.yaml; several merge from left to right",
     )
-    statistics.add_argument("--root", help="data root instead of the experiment's")
-    return parser
+    parser.add_argument("--root", help="data root instead of the experiment's")
+    parser.add_argument("--index_folder", help="folder of indexes instead of the experiment's")
 
 
 def _add_folder_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="RLDS folder: one version of one data set, e.g. bridge_dataset/1.0.0")
+    parser.add_argument(
+        "path", help="one data set: an RLDS folder such as bridge_dataset/1.0.0, or a LeRobot folder"
+    )
     parser.add_argument("--dataset", help="registry id of its conventions; default: found by its name")
+    parser.add_argument("--registry", help="YAML file of your own registry entries")
     parser.add_argument("--split", default="train", help="default: train")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--beside", action="store_true", help="keep the index in PATH/spear_index")
@@ -88,11 +99,23 @@ def _add_folder_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _resolve(options: argparse.Namespace) -> tuple[RldsFolder, DatasetEntry, Path | None]:
-    folder = open_rlds(options.path)
-    entry = entry_of(options.dataset) if options.dataset else entry_for_folder(folder.path, folder.name)
-    root = Path(options.index_folder) if options.index_folder else None
-    return folder, entry, folder.path / BESIDE if options.beside else root
+def _resolve(options: argparse.Namespace) -> tuple[DatasetFolder, DatasetEntry, Path | None]:
+    folder = open_folder(options.path)
+    known = read_registry(options.registry)
+    if options.dataset:
+        entry = entry_of(options.dataset, known)
+    else:
+        entry = entry_for_folder(folder.path, folder.name, known)
+    if not options.beside:
+        return folder, entry, Path(options.index_folder) if options.index_folder else None
+    if not isinstance(folder.path, Path):
+        raise ConfigError(
+            "An index cannot be kept in a bucket: it is mapped into memory",
+            where="--beside",
+            found=folder.path,
+            remedy="leave --beside out, or say where with --index_folder",
+        )
+    return folder, entry, folder.path / BESIDE
 
 
 def _index(options: argparse.Namespace) -> None:
@@ -154,16 +177,32 @@ def _report(index: EpisodeIndex) -> Table:
     return table
 
 
-def _statistics(options: argparse.Namespace) -> None:
+def _experiment_data(options: argparse.Namespace) -> dict[str, Any]:
     data = read_data_options(options.config)
-    if options.root:
-        data["root"] = options.root
-    given = {name: data[name] for name in MIXTURE_OPTIONS if name in data}
-    given["weights"] = given.pop("mixture")
-    try:
-        mixture = RobotMixture(chunks=ChunkSpec(**(data.get("chunks") or {})), **given)
-    except TypeError as error:
-        raise ConfigError("The experiment's data options are wrong", where="data", found=error) from error
+    given = {"root": options.root, "index_folder": options.index_folder}
+    return data | {name: value for name, value in given.items() if value}
+
+
+def _check(options: argparse.Namespace) -> int:
+    from spear_lightning.robot_data.check_report import tables, write_report
+    from spear_lightning.robot_data.data_check import check_mixture
+
+    data = _experiment_data(options)
+    clamp = normalizer_clamp(options.config)
+    findings = check_mixture(mixture_options(data), camera_options(data), clamp, options.examples)
+    # In a file or a pipe nobody minds long lines.
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+    for table in tables(findings):
+        console.print(table)
+    path = Path(options.report)
+    write_report(path, findings, f"{', '.join(options.config)}: data under {data['root']}")
+    console.print(f"Example frames: {path}", soft_wrap=True)
+    return 0 if all(each.usable for each in findings.datasets) else 1
+
+
+def _statistics(options: argparse.Namespace) -> None:
+    data = _experiment_data(options)
+    mixture = RobotMixture(**mixture_options(data))
     statistics = mixture.statistics()
     table = Table(title=f"{mixture.chunks.mode} translations and positions, 1 % to 99 %, metres")
     for column in ("", "x", "y", "z"):
@@ -180,30 +219,3 @@ def _statistics(options: argparse.Namespace) -> None:
     console = Console()
     console.print(shares)
     console.print(table)
-
-
-def read_data_options(configs: list[str]) -> dict[str, Any]:
-    """Return the arguments of an experiment's data module.
-
-    Args:
-        configs: YAML files; later ones win.
-
-    Raises:
-        ConfigError: If a file cannot be read, or they name no data root and mixture.
-    """
-    options: dict[str, Any] = {}
-    for config in configs:
-        try:
-            content = yaml.safe_load(Path(config).read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError("The experiment cannot be read", where=config, found=error) from error
-        data = content.get("data") if isinstance(content, dict) else None
-        if isinstance(data, dict):
-            options.update(data.get("init_args", data))
-    if "root" not in options or "mixture" not in options:
-        raise ConfigError(
-            "The experiment names no robot data",
-            where=", ".join(configs),
-            expected="data.init_args.root and data.init_args.mixture",
-        )
-    return options

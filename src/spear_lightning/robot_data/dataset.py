@@ -173,6 +173,8 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
             batch.instructions[row] = index.instructions[instruction]
         for name, image_B3HW in batch.images.items():
             pictures = self._pictures[dataset].get(name)
+            if pictures is not None:
+                pictures.fetch(frames, episodes)
             shown = [self._read(pictures, frame, episode, image_B3HW[row]) for row, frame, episode in spots]
             batch.image_mask[name][rows] = torch.tensor(shown)
 

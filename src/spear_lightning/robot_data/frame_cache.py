@@ -117,6 +117,9 @@ class FrameCache:
                 raise self._damaged(f"{part_file(self.folder, part)}, byte {offset}: {error}") from error
         return True
 
+    def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Do nothing: the pictures are on this machine (see `Pictures`)."""
+
     def _open_part(self, part: int) -> int:
         file = self._files.pop(part, None)
         if file is None:

@@ -52,7 +52,9 @@ def image_format(data: bytes) -> Literal["jpeg", "png", "broken"]:
     return "broken"
 
 
-def decode_image(data: bytes, where: object, camera: CameraSpec | None = None) -> np.ndarray:
+def decode_image(
+    data: bytes, where: object, camera: CameraSpec | None = None, blue_first: bool = False
+) -> np.ndarray:
     """Decode JPEG (libjpeg-turbo) or PNG.
 
     Args:
@@ -60,6 +62,7 @@ def decode_image(data: bytes, where: object, camera: CameraSpec | None = None) -
         where: What to name in an error.
         camera: If given, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that is still enough for this
             camera (see `reduction`): less work, and pixels that differ a little.
+        blue_first: Whether the picture was encoded with red and blue exchanged.
 
     Returns:
         uint8 RGB (height, width, 3).
@@ -69,16 +72,18 @@ def decode_image(data: bytes, where: object, camera: CameraSpec | None = None) -
     """
     try:
         if data.startswith(JPEG_START):
+            colours = "BGR" if blue_first else "RGB"
             if camera is None:
-                return simplejpeg.decode_jpeg(data, colorspace="RGB")
+                return simplejpeg.decode_jpeg(data, colorspace=colours)
             height, width, _, _ = simplejpeg.decode_jpeg_header(data)
             factor = reduction(height, width, camera)
             smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", min_factor=factor, **smallest)
+            return simplejpeg.decode_jpeg(data, colorspace=colours, min_factor=factor, **smallest)
         if data.startswith(PNG_START):
             from PIL import Image
 
-            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+            pixels_HW3 = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+            return np.ascontiguousarray(pixels_HW3[..., ::-1]) if blue_first else pixels_HW3
     except (ValueError, OSError, SyntaxError) as error:
         raise _broken(where, error) from error
     raise _broken(where, f"{len(data)} bytes that start with {data[:8]!r}")

@@ -8,14 +8,16 @@ import logging
 import multiprocessing
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from spear_lightning.errors import DataError
+from spear_lightning.robot_data.dataset_entry import DatasetEntry
+from spear_lightning.robot_data.dataset_folder import DatasetFolder, find_dataset
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_store import (
     DESCRIPTION,
@@ -23,9 +25,9 @@ from spear_lightning.robot_data.index_store import (
     ArrayFolderWriter,
     default_index_root,
 )
-from spear_lightning.robot_data.registry import DatasetEntry
-from spear_lightning.robot_data.rlds_folder import RldsFolder, find_rlds, open_rlds
-from spear_lightning.robot_data.shard_reader import ShardPart, ShardPlan, plan_shards, read_shard
+from spear_lightning.robot_data.rlds_folder import RldsFolder
+from spear_lightning.robot_data.shard_reader import ShardPart, plan_shards
+from spear_lightning.robot_data.storage import DataPath, file_marks
 
 log = logging.getLogger(__name__)
 
@@ -36,39 +38,63 @@ PARALLEL_FROM_BYTES = 256 << 20
 """Smaller data sets are read in one process: starting others takes longer than reading them."""
 
 
-def index_path(folder: RldsFolder, split: str, entry: DatasetEntry, index_root: Path | None = None) -> Path:
+class ReadsFiles(Protocol):
+    """What reads the files of a data set, one after the other or in several processes."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the index's description must say."""
+
+    def read(self, path: DataPath, episodes: Any) -> ShardPart:
+        """Read a file and the episodes promised to be in it."""
+
+
+def index_path(folder: DatasetFolder, split: str, entry: DatasetEntry, index_root: Path | None = None) -> Path:
     """Return where the index of a split is kept.
 
     The name holds a hash of the shards' names, sizes and times, and of the conventions: when any of them
     changes, another index is made.
     """
     identity: list[object] = [SCHEMA, entry.fingerprint(), split]
-    for path, _ in folder.require_split(split):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise DataError(
-                "A shard is missing",
-                where=path,
-                expected=f"{len(folder.shards[split])} shards, as dataset_info.json says",
-                remedy="download the data set again",
-            ) from error
-        identity.append((path.name, status.st_size, status.st_mtime_ns))
+    identity += _marks(folder, split)
+    identity.append([str(episodes) for _, episodes in folder.require_split(split)])
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     root = index_root or default_index_root()
     return root / f"{folder.name}-{folder.version}-{split}-{digest}"
 
 
+def _marks(folder: DatasetFolder, split: str) -> list[tuple[str, int, int | str]]:
+    """Return (name, bytes, mark of the content) of the shards of a split."""
+    try:
+        return file_marks(path for path, _ in folder.require_split(split))
+    except OSError as error:
+        raise DataError(
+            "A shard is missing",
+            where=error.filename,
+            expected=f"{len(folder.require_split(split))} files, as the data set's description says",
+            remedy="download the data set again",
+        ) from error
+
+
+def _plan(folder: DatasetFolder, entry: DatasetEntry, verify_images: bool) -> ReadsFiles:
+    if isinstance(folder, RldsFolder):
+        return plan_shards(folder, entry, verify_images)
+    from spear_lightning.robot_data.lerobot_reader import plan_lerobot
+
+    return plan_lerobot(folder, entry, verify_images)
+
+
 def ensure_index(
-    root: str | Path, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
+    root: str | DataPath, entry: DatasetEntry, split: str = "train", index_root: Path | None = None
 ) -> EpisodeIndex:
     """Open the index of a registry entry's data set under a data root.
 
     An index beside the data is preferred; one is built in `index_root` if there is none, and what had to be left
     out is logged.
     """
-    folder = open_rlds(find_rlds(root, entry.name, entry.version))
-    for place in (folder.path / BESIDE, index_root):
+    folder = find_dataset(root, entry)
+    # An index must be local: it is mapped into memory.
+    beside = [folder.path / BESIDE] if isinstance(folder.path, Path) else []
+    for place in (*beside, index_root):
         path = index_path(folder, split, entry, place)
         if (path / DESCRIPTION).is_file():
             return EpisodeIndex(path, folder.path)
@@ -80,7 +106,7 @@ def ensure_index(
 
 
 def build_index(
-    folder: RldsFolder,
+    folder: DatasetFolder,
     split: str,
     entry: DatasetEntry,
     index_root: Path | None = None,
@@ -104,7 +130,7 @@ def build_index(
         DataError: If the folder lacks what the entry promises, a shard is missing or damaged, or no episode
             can be used.
     """
-    plan = plan_shards(folder, entry, verify_images)
+    plan = _plan(folder, entry, verify_images)
     target = index_path(folder, split, entry, index_root)
     shards = folder.require_split(split)
     problems: Counter[str] = Counter()
@@ -112,7 +138,7 @@ def build_index(
     instructions: dict[str, int] = {}
     frames = 0
     with ArrayFolderWriter(target) as writer:
-        for number, part in enumerate(_with_progress(shards, plan, workers, f"indexing {folder.name} {split}")):
+        for number, part in enumerate(_with_progress(folder, split, plan, workers)):
             problems += part.problems
             for problem, where in part.examples.items():
                 examples.setdefault(problem, where)
@@ -133,12 +159,13 @@ def build_index(
                 "split": split,
                 "rate_hz": entry.rate_hz,
                 "conventions": entry.fingerprint(),
-                "data_folder": str(folder.path.resolve()),
-                "shards": [path.name for path, _ in shards],
+                "data_folder": str(folder.path.resolve() if isinstance(folder.path, Path) else folder.path),
+                "shards": [str(path)[len(str(folder.path)) + 1 :] for path, _ in shards],
                 "instructions": list(instructions),
                 "problems": dict(problems),
                 "problem_examples": examples,
                 "images_verified": verify_images,
+                **plan.describe(),
             }
         )
     return target
@@ -164,13 +191,15 @@ def _append(
 
 
 def _with_progress(
-    shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None, title: str
+    folder: DatasetFolder, split: str, plan: ReadsFiles, workers: int | None
 ) -> Iterator[ShardPart]:
     """Yield the shards' parts in order, with a bar that counts bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    sizes = [path.stat().st_size for path, _ in shards]
+    sizes = [size for _, size, _ in _marks(folder, split)]
+    if workers is None:
+        workers = 1 if sum(sizes) < PARALLEL_FROM_BYTES else os.cpu_count() or 1
     columns: tuple[Any, ...] = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -178,19 +207,16 @@ def _with_progress(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=sum(sizes))
-        for size, part in zip(sizes, _read_all(shards, plan, workers), strict=True):
+        task = progress.add_task(f"indexing {folder.name} {split}", total=sum(sizes))
+        for size, part in zip(sizes, _read_all(folder.require_split(split), plan, workers), strict=True):
             yield part
             progress.advance(task, size)
 
 
-def _read_all(shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | None) -> Iterator[ShardPart]:
-    if workers is None:
-        size = sum(path.stat().st_size for path, _ in shards)
-        workers = 1 if size < PARALLEL_FROM_BYTES else os.cpu_count() or 1
+def _read_all(shards: Sequence[tuple[DataPath, Any]], plan: ReadsFiles, workers: int) -> Iterator[ShardPart]:
     workers = min(workers, len(shards))
     if workers <= 1:
-        yield from (read_shard(path, plan, expected) for path, expected in shards)
+        yield from (plan.read(path, expected) for path, expected in shards)
         return
     # Forking a process that runs torch threads can hang; spawned ones cannot.
     context = multiprocessing.get_context("spawn")
@@ -198,7 +224,7 @@ def _read_all(shards: list[tuple[Path, int]], plan: ShardPlan, workers: int | No
         waiting: deque[Future[ShardPart]] = deque()
         try:
             for path, expected in shards:
-                waiting.append(pool.submit(read_shard, path, plan, expected))
+                waiting.append(pool.submit(plan.read, path, expected))
                 # A bounded queue: finished parts wait in memory until it is their turn.
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()

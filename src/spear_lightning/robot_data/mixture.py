@@ -21,7 +21,12 @@ BLOCK = 1 << 16
 Weighting = Literal["per_frame", "share"]
 
 
-def mixture_shares(weights: Mapping[str, float], sizes: Mapping[str, int], weighting: Weighting) -> np.ndarray:
+def mixture_shares(
+    weights: Mapping[str, float],
+    sizes: Mapping[str, int],
+    weighting: Weighting,
+    fixed: Mapping[str, float] | None = None,
+) -> np.ndarray:
     """Return each data set's share of the samples.
 
     Args:
@@ -29,13 +34,15 @@ def mixture_shares(weights: Mapping[str, float], sizes: Mapping[str, int], weigh
         sizes: Data set -> frames that may start a chunk.
         weighting: "per_frame": shares are proportional to weight times size, as in the OXE mixtures;
             "share": to the weights alone.
+        fixed: Data set -> its share, whatever its weight; the others divide the rest among them.
 
     Returns:
         float64, in the order of `weights`, summing to one.
 
     Raises:
-        ConfigError: If a weight is not positive.
+        ConfigError: If a weight is not positive, or the fixed shares leave nothing for the others.
     """
+    fixed = fixed or {}
     wrong = {name: weight for name, weight in weights.items() if not (np.isfinite(weight) and weight > 0)}
     if wrong or not weights:
         raise ConfigError(
@@ -44,8 +51,23 @@ def mixture_shares(weights: Mapping[str, float], sizes: Mapping[str, int], weigh
             found=wrong or "no data sets",
             remedy="leave data sets out that are not wanted",
         )
+    free = np.array([name not in fixed for name in weights])
+    taken = sum(fixed.values())
+    if (
+        set(fixed) - set(weights)
+        or not all(0 < share <= 1 for share in fixed.values())
+        or (taken >= 1 if free.any() else not np.isclose(taken, 1))
+    ):
+        raise ConfigError(
+            "The fixed shares of the mixture do not work out",
+            where="data.shares",
+            found=f"{dict(fixed)}, in all {taken:g}",
+            expected=f"positive shares of some of {sorted(weights)}, in all below 1 (1 if they are all)",
+        )
     masses = np.array([w * (sizes[name] if weighting == "per_frame" else 1) for name, w in weights.items()])
-    return masses / masses.sum()
+    shares = np.array([fixed.get(name, 0.0) for name in weights])
+    shares[free] = (1 - taken) * masses[free] / masses[free].sum()
+    return shares
 
 
 class SampleStream:

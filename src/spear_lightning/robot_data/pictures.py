@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
-from spear_lightning.robot_data.episode_index import EpisodeIndex, Place
-from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image_into
+from spear_lightning.robot_data.episode_index import EpisodeIndex
+from spear_lightning.robot_data.images import CameraSpec, fit_image_into
 
 
 class Pictures(Protocol):
@@ -24,6 +25,9 @@ class Pictures(Protocol):
             DataError: If its file cannot be read.
         """
 
+    def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Prepare for reading the pictures of some frames, int64 (n,), next."""
+
 
 class EncodedPictures:
     """Pictures decoded and resized from the data set's own shards.
@@ -39,11 +43,14 @@ class EncodedPictures:
         self._index, self._source, self._camera = index, source, camera
         self._decoded_for = camera if scaled_decode else None
 
+    def fetch(self, frames: np.ndarray, episodes: np.ndarray) -> None:
+        """Fetch pictures that are in a bucket together (see `Pictures`)."""
+        self._index.fetch(self._source, frames, episodes)
+
     def read_into(self, frame: int, episode: int, out_3HW: Tensor) -> bool:
         """Decode and resize a frame's picture (see `Pictures`)."""
         if not self._index.has_image(self._source, frame, episode):
             return False
-        data = self._index.encoded_image(self._source, frame, episode)
-        where = Place(self._index, self._source, frame, episode)
-        fit_image_into(decode_image(data, where, self._decoded_for), self._camera, out_3HW)
+        picture_HW3 = self._index.read_image(self._source, frame, episode, self._decoded_for)
+        fit_image_into(picture_HW3, self._camera, out_3HW)
         return True

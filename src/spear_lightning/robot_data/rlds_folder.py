@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from spear_lightning.errors import DataError
+from spear_lightning.errors import DataError, SpearError
+from spear_lightning.robot_data.storage import DataPath, data_path
 
 Kind = Literal["tensor", "image", "text", "other"]
 
@@ -56,13 +56,13 @@ class RldsFolder:
         shards: Split -> (shard file, episodes in it).
     """
 
-    path: Path
+    path: DataPath
     name: str
     version: str
     features: dict[str, Feature]
-    shards: dict[str, list[tuple[Path, int]]]
+    shards: dict[str, list[tuple[DataPath, int]]]
 
-    def require_split(self, split: str) -> list[tuple[Path, int]]:
+    def require_split(self, split: str) -> list[tuple[DataPath, int]]:
         """Return the shards of a split.
 
         Raises:
@@ -78,13 +78,13 @@ class RldsFolder:
         return self.shards[split]
 
 
-def find_rlds(root: str | Path, name: str, version: str) -> Path:
+def find_rlds(root: str | DataPath, name: str, version: str) -> DataPath:
     """Return the folder `root/name/version`.
 
     Raises:
         DataError: If it is not there; says what is.
     """
-    root = Path(root).expanduser()
+    root = data_path(root)
     if not root.is_dir():
         raise DataError(
             "The data root does not exist",
@@ -107,13 +107,13 @@ def find_rlds(root: str | Path, name: str, version: str) -> Path:
     )
 
 
-def open_rlds(folder: str | Path) -> RldsFolder:
+def open_rlds(folder: str | DataPath) -> RldsFolder:
     """Read the description of an RLDS folder.
 
     Raises:
         DataError: If a file is missing or cannot be understood.
     """
-    folder = Path(folder).expanduser()
+    folder = data_path(folder)
     description = _read_json(folder, "dataset_info.json")
     tree = _read_json(folder, "features.json")
     features: dict[str, Feature] = {}
@@ -130,7 +130,7 @@ def open_rlds(folder: str | Path) -> RldsFolder:
     return RldsFolder(folder, name, str(description.get("version", "")), features, shards)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(folder: DataPath, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         content = json.loads(path.read_text())
@@ -143,6 +143,8 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
             expected=f"{name} beside the TFRecord shards",
             remedy="give the folder of one version of one data set, e.g. bridge_dataset/1.0.0",
         ) from error
+    except SpearError:
+        raise
     except (ValueError, OSError) as error:
         raise DataError("A description file cannot be read", where=path, found=error) from error
     if not isinstance(content, dict):
@@ -150,7 +152,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _shards(folder: Path, name: str, split: dict[str, Any]) -> list[tuple[Path, int]]:
+def _shards(folder: DataPath, name: str, split: dict[str, Any]) -> list[tuple[DataPath, int]]:
     lengths = [int(length) for length in split.get("shardLengths", [])]
     template = split.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     shards = []

@@ -41,6 +41,11 @@ def jpeg(key: str, height: int, width: int) -> Feature:
     return Feature(key, True, "image", (height, width, 3), "uint8", "jpeg")
 
 
+def png(key: str, height: int, width: int) -> Feature:
+    """Describe a PNG picture per step."""
+    return Feature(key, True, "image", (height, width, 3), "uint8", "png")
+
+
 def text(key: str, per_step: bool = True) -> Feature:
     """Describe a text."""
     return Feature(key, per_step, "text", (), "", "none")
@@ -179,4 +184,5 @@ def _leaf(feature: Feature) -> dict[str, Any]:
     if feature.kind == "text":
         return {"pythonClassName": _CLASSES["text"], "text": {}}
     name = _CLASSES["tensor"] if feature.shape else _CLASSES["scalar"]
-    return {"pythonClassName": name, "tensor": {"shape": shape, "dtype": feature.dtype, "encoding": "none"}}
+    tensor = {"shape": shape, "dtype": feature.dtype, "encoding": feature.encoding}
+    return {"pythonClassName": name, "tensor": tensor}

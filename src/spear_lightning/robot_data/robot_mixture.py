@@ -15,7 +15,7 @@ from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.index_build import ensure_index
 from spear_lightning.robot_data.index_store import default_index_root
 from spear_lightning.robot_data.mixture import SampleStream, Weighting, mixture_shares
-from spear_lightning.robot_data.registry import entry_of
+from spear_lightning.robot_data.registry import entry_of, read_registry
 from spear_lightning.robot_data.sample_source import SampleSource, split_episodes
 from spear_lightning.robot_data.statistics import (
     MixtureStatistics,
@@ -29,7 +29,7 @@ class RobotMixture:
     """Data sets with weights; builds missing indexes.
 
     Args:
-        root: Folder that holds NAME/VERSION folders of RLDS data sets.
+        root: Folder or bucket (gs://, s3://, ...) that holds NAME/VERSION folders of RLDS data sets.
         weights: Registry id -> weight.
         chunks: What a chunk of actions is.
         weighting: "per_frame" (weight times frames) or "share" (weight alone).
@@ -37,6 +37,8 @@ class RobotMixture:
         keep_without_instruction: Whether episodes without language are used.
         seed: Of the shuffling and of the choice of held-out episodes.
         index_folder: Where indexes are kept; default: `default_index_root()`.
+        shares: Registry id -> share of the samples, whatever its weight; the others divide the rest.
+        registry: File of registry entries beside those that ship (see `read_registry`).
 
     Attributes:
         training: Per data set, the frames trained on.
@@ -44,7 +46,7 @@ class RobotMixture:
         shares: float64, share of each data set in the mixture.
 
     Raises:
-        ConfigError: If a data set is unknown or a weight is not positive.
+        ConfigError: If a data set is unknown, a weight is not positive, or the shares do not work out.
         DataError: If a data set is missing, broken, or nothing of it can be used.
     """
 
@@ -58,21 +60,26 @@ class RobotMixture:
         keep_without_instruction: bool = False,
         seed: int = 0,
         index_folder: str | Path | None = None,
+        shares: Mapping[str, float] | None = None,
+        registry: str | Path | None = None,
     ) -> None:
         self.chunks = chunks
         self.seed = seed
         self._index_root = Path(index_folder) if index_folder else default_index_root()
         # All ids are checked before the first index is built.
-        entries = [entry_of(dataset) for dataset in weights]
+        known = read_registry(registry)
+        entries = [entry_of(dataset, known) for dataset in weights]
         indexes = [ensure_index(root, entry, index_root=self._index_root) for entry in entries]
         self.training: list[SampleSource] = []
         self.held_out: list[SampleSource] = []
-        for index in indexes:
-            kept, held = split_episodes(index, holdout, keep_without_instruction, seed)
+        for entry, index in zip(entries, indexes, strict=True):
+            # A data set that has no instructions at all is used without.
+            wordless = keep_without_instruction or not entry.instruction
+            kept, held = split_episodes(index, holdout, wordless, seed)
             self.training.append(SampleSource(index, kept, chunks))
             self.held_out.append(SampleSource(index, held, chunks))
         sizes = {dataset: len(source) for dataset, source in zip(weights, self.training, strict=True)}
-        self.shares = mixture_shares(weights, sizes, weighting)
+        self.shares = mixture_shares(weights, sizes, weighting, shares)
 
     @property
     def num_samples(self) -> int:

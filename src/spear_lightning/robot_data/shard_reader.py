@@ -5,16 +5,17 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spear_lightning.errors import DataError
-from spear_lightning.robot_data.canonical import canonical_pose, gripper_command, gripper_state
+from spear_lightning.robot_data.dataset_entry import DatasetEntry, EpisodeFilter
+from spear_lightning.robot_data.episode_rows import SkippedEpisode, episode_rows
 from spear_lightning.robot_data.example_wire import ByteSpans, Column, parse_example
 from spear_lightning.robot_data.images import decode_image, image_format, is_blank
-from spear_lightning.robot_data.registry import DatasetEntry
 from spear_lightning.robot_data.rlds_folder import Feature, RldsFolder
+from spear_lightning.robot_data.storage import DataPath
 from spear_lightning.robot_data.tfrecord import read_records
 
 
@@ -25,12 +26,22 @@ class ShardPlan:
     Attributes:
         entry: Conventions of the data set.
         features: Its features by key.
+        blue_first: Cameras whose pictures this copy stores blue first.
         verify_images: Whether every image is decoded (slow), or its first and last bytes are looked at.
     """
 
     entry: DatasetEntry
     features: dict[str, Feature]
+    blue_first: tuple[str, ...] = ()
     verify_images: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the index must know to read pictures."""
+        return {"format": "rlds", "blue_first": list(self.blue_first)}
+
+    def read(self, path: DataPath, episodes: int) -> ShardPart:
+        """Read a shard (see `read_shard`)."""
+        return read_shard(path, self, episodes)
 
 
 @dataclass
@@ -69,6 +80,8 @@ def plan_shards(folder: RldsFolder, entry: DatasetEntry, verify_images: bool = F
     ]
     if entry.instruction and not any(key in folder.features for key in entry.instruction):
         wrong.append(f"{' or '.join(entry.instruction)}: missing")
+    if entry.episodes is not None and entry.episodes.key not in folder.features:
+        wrong.append(f"{entry.episodes.key}: missing (says which episodes are used)")
     if wrong:
         raise DataError(
             f"The folder lacks features that the registry entry {entry.id!r} promises",
@@ -77,10 +90,16 @@ def plan_shards(folder: RldsFolder, entry: DatasetEntry, verify_images: bool = F
             expected=f"step features like those there: {sorted(steps)}",
             remedy="check that it is the right copy of the data set, or the right --dataset",
         )
-    return ShardPlan(entry, folder.features, verify_images)
+    there = {name: folder.features.get(camera.key) for name, camera in entry.cameras.items()}
+    blue_first = tuple(
+        name
+        for name, feature in there.items()
+        if feature is not None and entry.cameras[name].blue_first(feature.shape, feature.encoding)
+    )
+    return ShardPlan(entry, folder.features, blue_first, verify_images)
 
 
-def read_shard(path: Path, plan: ShardPlan, expected: int) -> ShardPart:
+def read_shard(path: DataPath, plan: ShardPlan, expected: int) -> ShardPart:
     """Read a shard once.
 
     Args:
@@ -99,11 +118,11 @@ def read_shard(path: Path, plan: ShardPlan, expected: int) -> ShardPart:
     for number, (begin, payload) in enumerate(read_records(path)):
         where = f"{path.name}, episode {number}"
         try:
-            episode, instruction = _read_episode(begin, payload, plan, part, where)
-        except _SkippedEpisode as reason:
-            _note(part, f"episodes skipped: {reason}", where)
+            episode, instructions = _read_episode(begin, payload, plan, part, where)
+        except SkippedEpisode as reason:
+            note(part, f"episodes skipped: {reason}", where)
             continue
-        part.instructions.append(instruction)
+        part.instructions.extend(instructions)
         for name, values in episode.items():
             rows.setdefault(name, []).append(values)
     if number + 1 != expected:
@@ -118,84 +137,77 @@ def read_shard(path: Path, plan: ShardPlan, expected: int) -> ShardPart:
     return part
 
 
-class _SkippedEpisode(Exception):
-    """An episode cannot be used; the text says why."""
-
-
-def _note(part: ShardPart, problem: str, where: str) -> None:
-    part.problems[problem] += 1
+def note(part: ShardPart, problem: str, where: str, count: int = 1) -> None:
+    """Count something that was skipped or missing."""
+    part.problems[problem] += count
     part.examples.setdefault(problem, where)
 
 
 def _read_episode(
     begin: int, payload: memoryview, plan: ShardPlan, part: ShardPart, where: str
-) -> tuple[dict[str, np.ndarray], str]:
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Return the rows of an episode's runs, and the instruction of each run."""
     try:
         columns = parse_example(payload)
     except DataError as error:
-        raise _SkippedEpisode("not a tf.train.Example") from error
+        raise SkippedEpisode("not a tf.train.Example") from error
     entry = plan.entry
+    if entry.episodes is not None and not _chosen(entry.episodes, plan, columns, payload):
+        raise SkippedEpisode(f"left out on purpose, by {entry.episodes.key}")
     streams = {key: _numbers(plan.features[key], columns, payload) for key in entry.required_keys()}
-    steps = len(streams[entry.position.key])
-    if steps == 0:
-        raise _SkippedEpisode("no steps")
-    if any(len(values) != steps for values in streams.values()):
-        raise _SkippedEpisode("features of different length")
-    if not all(np.isfinite(values).all() for values in streams.values()):
-        raise _SkippedEpisode("non-finite state or action")
-    # The last step has no motion after it.
-    usable_T = (np.arange(steps) >= entry.skip_first_steps) & (np.arange(steps) < steps - 1)
-    rows: dict[str, np.ndarray] = {f"stream/{key}": values for key, values in streams.items()}
-    try:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            rows["pose"] = canonical_pose(entry, streams)
-    except DataError as error:
-        raise _SkippedEpisode("matrices that are no poses") from error
-    if not np.isfinite(rows["pose"]).all():
-        raise _SkippedEpisode("rotation that is none (zero quaternion or matrix)")
+    episode = episode_rows(entry, streams)
+    for problem, count in episode.problems.items():
+        note(part, problem, where, count)
+    rows, kept_T, runs = episode.rows, episode.kept_T, len(episode.lengths_R)
     for name, camera in entry.cameras.items():
         feature = plan.features.get(camera.key)
         if feature is None:
             continue
         spans = columns.get(feature.wire_key)
-        if not isinstance(spans, ByteSpans) or len(spans) != steps:
-            raise _SkippedEpisode(f"camera {name} without one image per step")
+        if not isinstance(spans, ByteSpans) or len(spans) != len(kept_T):
+            raise SkippedEpisode(f"camera {name} without one image per step")
         good_T, present = _check_images(spans, payload, plan.verify_images)
-        present = present or not camera.optional
-        if not good_T.all():
-            part.problems[f"frames skipped: broken image of camera {name}"] += int((~good_T).sum())
-            part.examples.setdefault(f"frames skipped: broken image of camera {name}", where)
+        good_N = good_T[kept_T]
+        if not good_N.all():
+            note(part, f"frames skipped: broken image of camera {name}", where, int((~good_N).sum()))
         if not camera.optional:
-            usable_T &= good_T
-        rows[f"camera/{name}/offset"] = begin + spans.offsets
-        rows[f"camera/{name}/length"] = np.where(good_T, spans.lengths, 0).astype(np.uint32)
-        rows[f"camera/{name}/present"] = np.array([present])
-    rows["gripper_state"] = gripper_state(entry, streams)
-    rows["gripper_command"] = gripper_command(entry, streams)
-    rows["usable"] = usable_T
-    rows["length"] = np.array([steps], np.int64)
+            rows["usable"] &= good_N
+        rows[f"camera/{name}/offset"] = begin + spans.offsets[kept_T]
+        rows[f"camera/{name}/length"] = np.where(good_N, spans.lengths[kept_T], 0).astype(np.uint32)
+        rows[f"camera/{name}/present"] = np.full(runs, present or not camera.optional)
+    rows["length"] = episode.lengths_R
     instruction = _instruction(plan, columns, payload)
     if entry.instruction and not instruction:
-        _note(part, "episodes without an instruction (kept in the index)", where)
-    return rows, instruction
+        note(part, "episodes without an instruction (kept in the index)", where)
+    return rows, [instruction] * runs
+
+
+def _chosen(wanted: EpisodeFilter, plan: ShardPlan, columns: dict[str, Column], payload: memoryview) -> bool:
+    """Return whether an episode is one of those that are used."""
+    feature = plan.features[wanted.key]
+    if wanted.contains is None:
+        return bool(_numbers(feature, columns, payload).any())
+    column = columns.get(feature.wire_key)
+    texts = [column.take(payload, index) for index in range(len(column))] if isinstance(column, ByteSpans) else []
+    return any(wanted.contains in text.decode("utf-8", "replace") for text in texts)
 
 
 def _numbers(feature: Feature, columns: dict[str, Column], payload: memoryview) -> np.ndarray:
     """Return a step feature as (T, n)."""
     column = columns.get(feature.wire_key)
     if column is None:
-        raise _SkippedEpisode(f"feature {feature.key} is missing")
+        raise SkippedEpisode(f"feature {feature.key} is missing")
     if isinstance(column, ByteSpans):
         if feature.encoding not in ("zlib", "bytes"):
-            raise _SkippedEpisode(f"feature {feature.key} holds bytes")
+            raise SkippedEpisode(f"feature {feature.key} holds bytes")
         raw = [column.take(payload, index) for index in range(len(column))]
         try:
             decoded = [zlib.decompress(item) for item in raw] if feature.encoding == "zlib" else raw
         except zlib.error as error:
-            raise _SkippedEpisode(f"feature {feature.key} cannot be decompressed") from error
+            raise SkippedEpisode(f"feature {feature.key} cannot be decompressed") from error
         column = np.frombuffer(b"".join(decoded), np.dtype(feature.dtype).newbyteorder("<"))
     if feature.size == 0 or len(column) % feature.size:
-        raise _SkippedEpisode(f"feature {feature.key} has {len(column)} numbers in all")
+        raise SkippedEpisode(f"feature {feature.key} has {len(column)} numbers in all")
     narrow = {"bool": np.bool_, "float64": np.float32}.get(feature.dtype)
     values = column.astype(narrow) if narrow else column
     return values.reshape(-1, feature.size)

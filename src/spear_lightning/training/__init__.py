@@ -9,25 +9,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spear_lightning.training.box_pictures import BoxPictures
     from spear_lightning.training.checkpoint_files import RunCheckpoint
     from spear_lightning.training.closed_loop import ClosedLoopEvaluation
+    from spear_lightning.training.constant_mean_baseline import ConstantMeanBaseline
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
     from spear_lightning.training.image_augmentation import ImageAugmentation
+    from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
     from spear_lightning.training.optimizer import OptimizerRecipe
     from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.tracking import MLflowRunLogger
     from spear_lightning.training.validation_pictures import ValidationPictures
     from spear_lightning.training.vla_module import VLAModule
+    from spear_lightning.training.vlm_module import VLMModule
 
 _HOMES = {
+    "BoxPictures": "box_pictures",
     "ClosedLoopEvaluation": "closed_loop",
+    "ConstantMeanBaseline": "constant_mean_baseline",
     "ExponentialMovingAverage": "ema",
     "FirstValidation": "first_validation",
     "FreezeSchedule": "freeze_schedule",
     "ImageAugmentation": "image_augmentation",
+    "LabelledImageDataModule": "labelled_image_data_module",
     "MLflowRunLogger": "tracking",
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
@@ -35,15 +42,19 @@ _HOMES = {
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
     "VLAModule": "vla_module",
+    "VLMModule": "vlm_module",
     "ValidationPictures": "validation_pictures",
 }
 
 __all__ = [
+    "BoxPictures",
     "ClosedLoopEvaluation",
+    "ConstantMeanBaseline",
     "ExponentialMovingAverage",
     "FirstValidation",
     "FreezeSchedule",
     "ImageAugmentation",
+    "LabelledImageDataModule",
     "MLflowRunLogger",
     "OptimizerRecipe",
     "Phase",
@@ -51,6 +62,7 @@ __all__ = [
     "RobotDataModule",
     "RunCheckpoint",
     "VLAModule",
+    "VLMModule",
     "ValidationPictures",
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from spear_lightning.errors import CheckpointError
@@ -60,6 +61,12 @@ class SpearModule(L.LightningModule):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return plain values that, with the weights, suffice to rebuild the model."""
+
+    def prediction_writer(self) -> Callback:
+        """Return the callback by which `spear predict` writes what was predicted."""
+        from spear_lightning.training.prediction_writer import PredictionWriter
+
+        return PredictionWriter()
 
     def setup(self, stage: str) -> None:
         """Load initial weights at the start of a new run; a resumed one gets them from its checkpoint."""

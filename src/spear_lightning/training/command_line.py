@@ -22,7 +22,6 @@ from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, newest_checkpoint
 from spear_lightning.training.configuration import KEPT_SECTIONS
 from spear_lightning.training.option_help import explain_options
-from spear_lightning.training.prediction_writer import PredictionWriter
 from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
 log = logging.getLogger(__name__)
@@ -62,8 +61,8 @@ class SpearCLI(LightningCLI):
             # Lightning's default writes a checkpoint per epoch, under another name and in another place.
             kwargs["enable_checkpointing"] = False
         trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "predict":
-            trainer.callbacks.append(PredictionWriter())  # type: ignore[attr-defined]
+        if self.subcommand == "predict" and isinstance(self.model, SpearModule):
+            trainer.callbacks.append(self.model.prediction_writer())  # type: ignore[attr-defined]
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self._checkpoint_folder_of(trainer))
@@ -158,9 +157,10 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
     for key in MACHINE_OPTIONS:
         kept.get("trainer", {}).pop(key, None)
     # The tokenizer comes out of the checkpoint: the one that is named may need a network.
-    policy = kept.get("model", {}).get("init_args", {}).get("policy", {})
-    if "prompt" in policy.get("init_args", {}):
-        policy["init_args"]["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
+    for part in ("policy", "answerer"):
+        built = kept.get("model", {}).get("init_args", {}).get(part, {})
+        if "prompt" in built.get("init_args", {}):
+            built["init_args"]["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
     # Where a file is expected, jsonargparse takes the content itself too.
     return [arguments[0], "--config", yaml.safe_dump(kept), *arguments[1:]]
 

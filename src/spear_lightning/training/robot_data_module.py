@@ -28,7 +28,8 @@ class RobotDataModule(L.LightningDataModule):
     has frames; the stream itself is endless and resumes at any step.
 
     Args:
-        root: Folder that holds the data sets as NAME/VERSION; the one place that says where data is.
+        root: Folder or bucket (gs://, s3://) that holds the data sets, RLDS as NAME/VERSION, LeRobot as NAME; the
+            one place that says where data is.
         mixture: Registry id -> weight, e.g. `{bridge: 1.0}`.
         cameras: Camera name -> width, height, fit, in the order the model sees them. A camera that a sample
             lacks is masked.
@@ -51,6 +52,9 @@ class RobotDataModule(L.LightningDataModule):
             tenth of the size; pixels change by 1 to 2 of 255 levels). Both also for validation.
         scaled_decode: Decodes JPEGs at 1/2, 1/4 or 1/8 of their size where the model sees no more than that.
             Faster; pixels change by about 1 of 255 levels, also against those that a policy makes of live frames.
+        shares: Registry id -> share of the samples, whatever its weight; the others divide the rest, e.g.
+            `{droid: 0.35}`.
+        registry: YAML file of your own registry entries, and of changes to those that ship.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class RobotDataModule(L.LightningDataModule):
         num_threads: int = 0,
         frame_cache: CacheKind | None = None,
         scaled_decode: bool = False,
+        shares: dict[str, float] | None = None,
+        registry: str | None = None,
     ) -> None:
         super().__init__()
         smallest = {"batch_size": 1, "validation_samples": 1, "num_workers": 0, "prefetch": 1, "num_threads": 0}
@@ -104,6 +110,8 @@ class RobotDataModule(L.LightningDataModule):
         self.num_threads = num_threads
         self.frame_cache = frame_cache
         self.scaled_decode = scaled_decode
+        self.shares = shares
+        self.registry = registry
         self._mixture: RobotMixture | None = None
 
     @property
@@ -128,6 +136,8 @@ class RobotDataModule(L.LightningDataModule):
                 self.keep_without_instruction,
                 self.seed,
                 self.index_folder,
+                self.shares,
+                self.registry,
             )
         return self._mixture
 

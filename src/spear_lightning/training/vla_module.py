@@ -14,6 +14,7 @@ from spear_lightning.errors import CheckpointError, ConfigError
 from spear_lightning.geometry import quaternions
 from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy import Policy, describe_policy
+from spear_lightning.policy.answerer_files import load_vlm
 from spear_lightning.policy.checkpoint import (
     check_policy_weights,
     load_policy_weights,
@@ -56,6 +57,9 @@ class VLAModule(SpearModule):
         validation_steps: Euler steps when sampling on validation; `null` takes the flow's own number.
         flow_samples: Draws of noise and flow time for every sample of a training batch (see `Policy.losses`).
         augmentation: Changes camera images in training; `null` leaves them as they are.
+        vlm: SPEAR-VLM whose network the policy starts from: checkpoint (averaged weights where it has them),
+            exported folder or hub id. It replaces the encoders' and PaliGemma's own weights; only at the start of
+            a new run.
     """
 
     def __init__(
@@ -67,8 +71,16 @@ class VLAModule(SpearModule):
         validation_steps: int | None = None,
         flow_samples: int = 1,
         augmentation: ImageAugmentation | None = None,
+        vlm: str | None = None,
     ) -> None:
         super().__init__(recipe, seed, init_from)
+        if vlm is not None and init_from is not None:
+            raise ConfigError(
+                "Weights come from two places",
+                where="model.vlm and model.init_from",
+                found=f"{vlm} and {init_from}",
+                remedy="`init_from` has the VLM's weights already; set one of them",
+            )
         if flow_samples < 1:
             raise ConfigError(
                 "A sample needs a draw of noise",
@@ -80,6 +92,7 @@ class VLAModule(SpearModule):
         self.validation_steps = validation_steps
         self.flow_samples = flow_samples
         self.augmentation = augmentation
+        self.vlm = vlm
 
     @property
     def components(self) -> nn.Module:
@@ -99,7 +112,11 @@ class VLAModule(SpearModule):
         return describe_policy(self.policy)
 
     def load_initial_weights(self) -> None:
-        """Load pretrained weights of the parts that name some, or all weights from `init_from`."""
+        """Load pretrained weights of the parts that name some, or those of `vlm`, or all from `init_from`."""
+        if self.vlm is not None:
+            left_out = load_vlm(self.policy.vla.vlm, self.policy.prompt, self.vlm)
+            log.info("The VLM starts from %s; left out: %s", self.vlm, ", ".join(left_out) or "nothing")
+            return
         if self.init_from is None:
             self.policy.vla.vlm.load_pretrained()
             return

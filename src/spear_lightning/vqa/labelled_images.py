@@ -62,28 +62,35 @@ def _nameable(names: list[str]) -> int:
 
 
 def split_labels(store: LabelStore, holdout: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Divide the images of a store at random into those trained on and those held out.
+    """Divide the images of a store into those trained on and those held out, each by a hash of its id.
 
-    Frames of one video look alike: hold such data out by folders of their own.
+    An image stays where it is when others are added to the store. Frames of one video look alike: hold such data
+    out by folders of their own.
 
     Args:
         store: The labels.
-        holdout: Share that is held out, in [0, 1).
+        holdout: Share that is held out, in [0, 1); about as many images are.
         seed: Of the choice.
 
     Raises:
         ConfigError: If nothing would be left to train on.
     """
-    held = round(len(store) * holdout)
-    if not 0 <= holdout < 1 or held >= len(store):
+    values = np.fromiter((_hash(seed, name) for name in store.image_ids()), np.float64, len(store))
+    held = values < holdout
+    if not 0 <= holdout < 1 or held.all():
         raise ConfigError(
             "No labelled images are left to train on",
             where="data.holdout",
             found=f"{holdout} of {len(store)} images",
             expected="a share in [0, 1)",
         )
-    shuffled = np.random.default_rng([seed, 2]).permutation(len(store))
-    return LabelledImages(store, np.sort(shuffled[held:])), LabelledImages(store, np.sort(shuffled[:held]))
+    return LabelledImages(store, np.flatnonzero(~held)), LabelledImages(store, np.flatnonzero(held))
+
+
+def _hash(seed: int, image_id: str) -> float:
+    """Return a number in [0, 1) that depends on its arguments alone."""
+    digest = hashlib.blake2b(f"{seed}:{image_id}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
 
 
 class LabelMixture:

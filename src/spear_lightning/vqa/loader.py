@@ -5,14 +5,14 @@ Question batches vary in length, so they are not read into the fixed memory that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError
-from spear_lightning.robot_data.read_ahead import WORKER_START, as_is
+from spear_lightning.robot_data.read_ahead import WORKER_START, _end_with_trainer, as_is
 from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
 from spear_lightning.vqa.dataset import VqaDataset
 
@@ -38,6 +38,7 @@ def open_loader(
         options = {
             "prefetch_factor": prefetch,
             "multiprocessing_context": WORKER_START,
+            "worker_init_fn": _end_with_trainer,
             "persistent_workers": True,
         }
     return DataLoader(
@@ -101,3 +102,37 @@ class ResumableVqaLoader(ResumableStream[VqaBatch]):
                 remedy="restore labels, tasks, 3D tokens, and batch size times processes as they were; or start a "
                 "new run from its weights with --model.init_from",
             )
+
+
+class FiniteVqaLoader:
+    """Iterates over some places in order; the last batch may be smaller.
+
+    Not a `DataLoader`, so that the trainer takes it as it is instead of putting samplers of its own into it.
+
+    Args:
+        dataset: Reads batches at places.
+        places: Which places.
+        batch_size: Samples per batch.
+        num_workers: Worker processes; 0 reads in this process. They stay: validation comes again and again.
+        pin_memory: Whether batches are put into page-locked memory.
+    """
+
+    def __init__(
+        self,
+        dataset: VqaDataset,
+        places: range,
+        batch_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        starts = range(places.start, places.stop, batch_size)
+        self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
+        self._loader = open_loader(dataset, self._batches, num_workers, pin_memory=pin_memory)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[VqaBatch]:
+        """Yield the batches."""
+        return iter(self._loader)

@@ -112,8 +112,8 @@ class BoxVertices(AnyObject):
             "centre_error": float(np.linalg.norm(found.values.mean(0) - truth.values.mean(0))),
             "vertex_error": float(lengths(found.values, truth.values).mean()),
             "iou": iou,
-            "iou@0.25": float(iou >= 0.25),
-            "iou@0.5": float(iou >= 0.5),
+            "iou_at_0.25": float(iou >= 0.25),
+            "iou_at_0.5": float(iou >= 0.5),
         }
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 
 import numpy as np
 
+from spear_lightning.batches import TrueAnswer
+from spear_lightning.geometry.cameras import fit_window
 from spear_lightning.robot_data.dataset import EvenSamples
 from spear_lightning.robot_data.images import CameraSpec
-from spear_lightning.vqa.augment import ViewRecipe
+from spear_lightning.vqa.augment import ViewRecipe, through_window
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
 from spear_lightning.vqa.dataset import VqaDataset
 from spear_lightning.vqa.labelled_images import AvailableObjects, LabelMixture
@@ -97,6 +99,28 @@ def validation_dataset(
         camera_name,
     )
     return dataset, range(len(finder))
+
+
+def training_answers(
+    labels: LabelMixture, tasks: TaskMixture, tokens: CoordinateTokens, camera: CameraSpec, images: int
+) -> Iterator[TrueAnswer]:
+    """Yield what answers about training images say, as the model sees them; no image is read.
+
+    Args:
+        labels: Where the images are from.
+        tasks: What is asked.
+        tokens: The 3D tokens; their counts are left as they were.
+        camera: Size at which the model sees images.
+        images: Images asked about at most.
+    """
+    rng = np.random.default_rng([labels.seed, 4])
+    before = tokens.encoded, tokens.clamped
+    for label in labels.labels(images):
+        window = fit_window(label.height, label.width, camera.height, camera.width, camera.fit)
+        view = through_window(label, window, camera.height, camera.width, ViewRecipe.plain().keep)
+        for pair in tasks.ask(Scene(view, tokens), tasks.plan(1, rng)[0].tolist(), rng).pairs:
+            yield TrueAnswer(pair.task.path(), pair.truth.values, pair.truth.choice)
+    tokens.encoded, tokens.clamped = before
 
 
 def fingerprint(

@@ -85,6 +85,14 @@ class Dinov2Encoder(VisionEncoder):
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """Return tokens (B, N, hidden_width * len(layers))."""
+        return torch.cat(self.layer_outputs(pixels_B3HW), dim=-1)[:, 1:]
+
+    def layer_outputs(self, pixels_B3HW: Tensor) -> list[Tensor]:
+        """Return the outputs (B, 1 + N, hidden_width) of each chosen block, shallow to deep; class token first.
+
+        Args:
+            pixels_B3HW: Normalised float pixels; H and W multiples of the patch size.
+        """
         embeddings = self.model.embeddings
         rows, columns = self.grid(pixels_B3HW.shape[2], pixels_B3HW.shape[3])
         patches_BND = embeddings.patch_embeddings(pixels_B3HW)
@@ -100,7 +108,7 @@ class Dinov2Encoder(VisionEncoder):
             hidden_BND = block(hidden_BND)
             if index in self.layers:
                 chosen.append(self.model.layernorm(hidden_BND) if self.apply_norm else hidden_BND)
-        return torch.cat(chosen, dim=-1)[:, 1:]
+        return chosen
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters of blocks after the last chosen one, and of an unused final LayerNorm."""

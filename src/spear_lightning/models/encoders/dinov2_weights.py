@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 QKV = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 
 ORIGINAL_NAMES = (
@@ -53,5 +56,41 @@ def transformers_names(state: Mapping[str, Any]) -> dict[str, Any]:
         for pattern, replacement in table:
             name = pattern.sub(replacement, name)
         if name not in MASK_TOKENS:
+            renamed[name] = value
+    return renamed
+
+
+RUNTIME_NAMES = (
+    (re.compile(r"^embeddings\.cls_token$"), "cls_token"),
+    (re.compile(r"^embeddings\.position_embeddings$"), "pos_embed"),
+    (re.compile(r"^embeddings\.patch_embeddings\.projection\."), "patch_embed.proj."),
+    (re.compile(r"^layernorm\."), "norm."),
+    (re.compile(r"^encoder\.layer\.(\d+)\.attention\.o_proj\."), r"blocks.\1.attn.proj."),
+    (re.compile(r"^encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1$"), r"blocks.\1.ls\2.gamma"),
+    (re.compile(r"^encoder\.layer\.(\d+)\.(norm[12]|mlp\.fc[12])\."), r"blocks.\1.\2."),
+)
+"""Names in `Dinov2Model` -> original ones; query, key and value are packed besides."""
+
+QUERY = re.compile(r"encoder\.layer\.(\d+)\.attention\.q_proj\.(weight|bias)")
+
+
+def original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of `Dinov2Model` to those of the original DINOv2; undoes `transformers_names`.
+
+    Args:
+        state: Names of transformers' 5.x modules.
+
+    Returns:
+        The renamed weights, with a mask token of zeros, which the original always has.
+    """
+    renamed = {"mask_token": torch.zeros_like(state["embeddings.cls_token"][0])}
+    for name, value in state.items():
+        query = QUERY.fullmatch(name)
+        if query:
+            parts = [state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            renamed[f"blocks.{query[1]}.attn.qkv.{query[2]}"] = torch.cat(parts)
+        elif ".k_proj." not in name and ".v_proj." not in name:
+            for pattern, replacement in RUNTIME_NAMES:
+                name = pattern.sub(replacement, name)
             renamed[name] = value
     return renamed

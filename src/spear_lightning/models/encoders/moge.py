@@ -11,27 +11,10 @@ import torch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.models.encoders.dinov2 import Dinov2Encoder
 from spear_lightning.models.encoders.dinov2_weights import transformers_names
-from spear_lightning.models.encoders.weight_files import load_exactly, read_state_dict
+from spear_lightning.models.encoders.moge_weights import MogeFile, read_moge
+from spear_lightning.models.encoders.weight_files import load_exactly
 
 log = logging.getLogger(__name__)
-
-BACKBONE_PREFIXES = ("backbone.", "encoder.backbone.")
-"""Where MoGe v1 and v2 keep the vision transformer."""
-
-DECODER_PREFIXES = (
-    "image_mean",
-    "image_std",
-    "head.",
-    "encoder.image_mean",
-    "encoder.image_std",
-    "encoder.output_projections.",
-    "neck.",
-    "points_head.",
-    "mask_head.",
-    "normal_head.",
-    "scale_head.",
-)
-"""Everything else in MoGe's files: it turns features into points, which a policy does not need."""
 
 DECODER_INPUTS = 4
 """Blocks that the decoder of every published MoGe reads."""
@@ -51,7 +34,7 @@ class MogeEncoder(Dinov2Encoder):
             the four that the weights' own configuration names (until they are loaded: the last four) and
             keeps them in checkpoints.
         image_size: Side in pixels of the images the position table was trained on.
-        weights: MoGe's `model.pt`: hub id, folder or file; `None` keeps the random ones.
+        weights: MoGe's weights, published or ours: hub id, folder or file; `None` keeps the random ones.
     """
 
     layer_numbers: torch.Tensor
@@ -86,22 +69,24 @@ class MogeEncoder(Dinov2Encoder):
         """Load `weights`; see `VisionEncoder.load_pretrained`."""
         if self.weights is None:
             return
-        file, where = read_state_dict(self.weights, ("model.pt",))
-        state, config = file.get("model"), file.get("model_config")
-        if not isinstance(state, Mapping) or not isinstance(config, Mapping):
-            raise CheckpointError(
-                "The file is not a MoGe checkpoint",
-                where=where,
-                found=sorted(map(str, file))[:5],
-                expected="entries `model` and `model_config`",
-            )
-        load_exactly(self.model, transformers_names(backbone(state, where)), where)
-        published = self.published_layers(config)
+        self.take(read_moge(self.weights))
+
+    def take(self, file: MogeFile) -> None:
+        """Load the transformer out of a MoGe file, and the numbers of the layers where they are taken from it.
+
+        Args:
+            file: The file; its decoder is left alone.
+
+        Raises:
+            CheckpointError: If it does not fit.
+        """
+        load_exactly(self.model, transformers_names(file.backbone()), file.where)
+        published = self.published_layers(file.config)
         if self.layers_from_weights:
-            self._keep_layers(published, where)
+            self._keep_layers(published, file.where)
         elif published != self.layers:
             log.warning(
-                "%s: MoGe's decoder reads blocks %s, the encoder is set to %s", where, published, self.layers
+                "%s: MoGe's decoder reads blocks %s, the encoder is set to %s", file.where, published, self.layers
             )
 
     def published_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -126,25 +111,3 @@ class MogeEncoder(Dinov2Encoder):
             )
         self.layer_numbers.copy_(torch.tensor(published))
         self._take_layer_numbers()
-
-
-def backbone(state: Mapping[str, Any], where: object) -> dict[str, Any]:
-    """Return the vision transformer's tensors out of those of MoGe, under DINOv2's original names.
-
-    Args:
-        state: Tensors of MoGe v1 or v2.
-        where: Their origin, for errors.
-
-    Raises:
-        CheckpointError: If there is no transformer, or a tensor belongs to neither it nor the decoder.
-    """
-    prefix = next((prefix for prefix in BACKBONE_PREFIXES if f"{prefix}pos_embed" in state), None)
-    unknown = [name for name in state if not name.startswith((*BACKBONE_PREFIXES, *DECODER_PREFIXES))]
-    if prefix is None or unknown:
-        raise CheckpointError(
-            "The weights are not laid out as MoGe's",
-            where=where,
-            found=f"{len(unknown)} unknown names {sorted(unknown)[:3]}" if unknown else "no `pos_embed`",
-            expected=f"tensors under one of {list(BACKBONE_PREFIXES)}, besides those of the decoder",
-        )
-    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}

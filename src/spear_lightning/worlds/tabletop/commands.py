@@ -1,4 +1,4 @@
-"""`spear data tabletop`: demonstrations and labelled images of the embedded world."""
+"""`spear data tabletop`: demonstrations, labelled images and pictures with depth of the embedded world."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def _parser() -> argparse.ArgumentParser:
         "--labelled_images", type=int, default=0, help="images with exact 3D labels, to OUT/labels"
     )
     parser.add_argument(
+        "--depth_pictures",
+        type=int,
+        default=0,
+        help="pictures by cameras of all kinds with exact depth, as large as those of primary, to OUT/depth",
+    )
+    parser.add_argument(
         "--tasks", nargs="+", default=list(TASKS), help=f"episodes take turns (default: {' '.join(TASKS)})"
     )
     parser.add_argument(
@@ -56,13 +62,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.episodes < 1 and options.labelled_images < 1:
-        raise ConfigError("There is nothing to write", expected="--episodes N, --labelled_images N, or both")
+    if max(options.episodes, options.labelled_images, options.depth_pictures) < 1:
+        raise ConfigError(
+            "There is nothing to write",
+            expected="--episodes N, --labelled_images N, --depth_pictures N, or several",
+        )
     sizes = dict(camera_size(text) for text in options.cameras)
     fewest, most = (0, 0) if options.plain else options.distractors
-    if options.labelled_images and "primary" not in sizes:
+    if (options.labelled_images or options.depth_pictures) and "primary" not in sizes:
         raise ConfigError(
-            "Labelled images are as large as those of the camera primary",
+            "Images with labels or depth are as large as those of the camera primary",
             where="--cameras",
             found=options.cameras,
             expected="primary=WxH among them",
@@ -80,6 +89,12 @@ def _run(options: argparse.Namespace) -> None:
         folder = out / "labels"
         write_labelled_images(folder, options.labelled_images, options.seed, sizes["primary"], options.processes)
         console.print(f"{options.labelled_images} labelled images: {folder}", soft_wrap=True)
+    if options.depth_pictures:
+        from spear_lightning.worlds.tabletop.depth_pictures import write_depth_pictures
+
+        folder = out / "depth"
+        write_depth_pictures(folder, options.depth_pictures, options.seed, sizes["primary"], options.processes)
+        console.print(f"{options.depth_pictures} pictures with depth: {folder}", soft_wrap=True)
 
 
 def camera_size(text: str) -> tuple[str, tuple[int, int]]:

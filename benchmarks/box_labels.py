@@ -1,0 +1,185 @@
+"""Boxes fitted by the labelling recipe against the truth of the tabletop world, from exact masks.
+
+Every object that is at least half visible is labelled from exact points, from noisy ones, and from points of
+which some are wild; each box is compared with the object's own. The reference is in the same run: the smallest box
+around the same points by trimesh, without erosion, outlier removal, smoothing or continuation of the surface.
+
+    .venv/bin/python benchmarks/box_labels.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import platform
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import trimesh
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from spear_lightning.errors import DataError
+from spear_lightning.geometry import quaternions
+from spear_lightning.geometry.box_iou import box_iou
+from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.labeling.object_label import BoxRecipe, label_object
+from spear_lightning.worlds.tabletop.depth_errors import DepthErrors, disturbed
+from spear_lightning.worlds.tabletop.labels import GroundTruth, ground_truth
+from spear_lightning.worlds.tabletop.tasks import TASKS
+from spear_lightning.worlds.tabletop.world import Tabletop
+
+CAMERAS = ("primary", "secondary")
+LEAST_VISIBLE = 0.5
+NOISE_M = 0.002
+OUTLIERS = 0.005
+
+console = Console(width=120)
+
+
+class Result(NamedTuple):
+    """How a fitted box compares with the true one."""
+
+    iou: float
+    centre_mm: float
+    extent: float  # mean relative error of the sorted edge lengths
+
+
+MISSED = Result(0.0, float("nan"), float("nan"))
+
+
+class BareTabletop(Tabletop):
+    """The world without pictures: only geometry is looked at."""
+
+    def observe(self) -> None:  # type: ignore[override]
+        """Take no picture."""
+
+
+def scenes(count: int, size: tuple[int, int]) -> Iterator[tuple[Tabletop, GroundTruth]]:
+    """Yield random scenes of all tasks, seen by two cameras in turn."""
+    for seed in track(range(count), "scenes", console=Console(stderr=True)):
+        camera = CAMERAS[seed % len(CAMERAS)]
+        world = BareTabletop({camera: size}, (2, 4))
+        world.reset(list(TASKS)[seed % len(TASKS)], seed)
+        yield world, ground_truth(world.scene, world.data, camera)
+
+
+def conditions(points_HW3: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    noise = NOISE_M * rng.standard_normal(points_HW3.shape)
+    wild, _ = disturbed(points_HW3, DepthErrors(outliers=OUTLIERS), rng)
+    return {"clean": points_HW3, "noise 2 mm": points_HW3 + noise, "outliers 0.5 %": wild}
+
+
+def recipe_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
+    try:
+        return label_object(points_HW3, mask_HW, "object", BoxRecipe()).box
+    except DataError:
+        return None
+
+
+def bare_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
+    points = points_HW3[mask_HW].astype(np.float64)
+    if len(points) < BoxRecipe.min_points:
+        return None
+    to_box, extents = trimesh.bounds.oriented_bounds(points)
+    to_camera = torch.from_numpy(np.linalg.inv(to_box))
+    return OrientedBox(to_camera[:3, 3], quaternions.from_matrix(to_camera[:3, :3]), torch.from_numpy(extents))
+
+
+def compare(found: OrientedBox | None, true: OrientedBox) -> Result:
+    if found is None:
+        return MISSED
+    one, other = (
+        OrientedBox(*(part.double()[None] for part in (box.centre, box.quaternion, box.extents)))
+        for box in (found, true)
+    )
+    sizes, truth = one.extents.sort().values, other.extents.sort().values
+    return Result(
+        float(box_iou(one, other)),
+        1000 * float((one.centre - other.centre).norm()),
+        float(((sizes - truth).abs() / truth).mean()),
+    )
+
+
+def measure(
+    count: int, size: tuple[int, int]
+) -> tuple[dict[tuple[str, str], list[Result]], list[str], dict[str, float]]:
+    """Return results by (method, condition), the kind of each object, and seconds spent by method."""
+    methods = {"recipe": recipe_box, "bare": bare_box}
+    results: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
+    seconds: dict[str, float] = collections.defaultdict(float)
+    kinds = []
+    for seed, (world, truth) in enumerate(scenes(count, size)):
+        nouns = {thing.name: thing.noun for thing in world.scene.objects}
+        seen = conditions(truth.view.points_HW3, np.random.default_rng(seed))
+        for index, name in enumerate(truth.names):
+            if truth.visible_O[index] < LEAST_VISIBLE:
+                continue
+            kinds.append(nouns[name])
+            box = OrientedBox(truth.boxes.centre[index], truth.boxes.quaternion[index], truth.boxes.extents[index])
+            for method, fit in methods.items():
+                for condition, points_HW3 in seen.items():
+                    start = time.process_time()
+                    found = fit(points_HW3, truth.masks_OHW[index])
+                    seconds[method] += time.process_time() - start
+                    results[method, condition].append(compare(found, box))
+    return results, kinds, seconds
+
+
+def summary(results: dict[tuple[str, str], list[Result]]) -> Table:
+    table = Table("box from", "points", "IoU", "IoU quartiles", "centre, mm", "extents, %", "no box")
+    for (method, condition), rows in results.items():
+        iou, centre, extent = np.array(rows).T
+        low, high = np.quantile(iou, [0.25, 0.75])
+        missed = int(np.isnan(centre).sum())
+        table.add_row(
+            method,
+            condition,
+            f"{np.median(iou):.3f}",
+            f"{low:.3f} .. {high:.3f}",
+            f"{np.nanmedian(centre):.1f}",
+            f"{100 * np.nanmedian(extent):.1f}",
+            f"{missed}",
+        )
+    return table
+
+
+def by_kind(results: dict[tuple[str, str], list[Result]], kinds: list[str]) -> Table:
+    table = Table("kind", "objects", *(condition for method, condition in results if method == "recipe"))
+    names = np.array(kinds)
+    for kind in sorted(set(kinds)):
+        medians = [
+            f"{np.median(np.array(rows)[names == kind, 0]):.3f}"
+            for (method, _), rows in results.items()
+            if method == "recipe"
+        ]
+        table.add_row(kind, str(int((names == kind).sum())), *medians)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scenes", type=int, default=500)
+    parser.add_argument("--width", type=int, default=640)
+    parser.add_argument("--height", type=int, default=480)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results, kinds, seconds = measure(options.scenes, (options.width, options.height))
+    console.print(summary(results), by_kind(results, kinds))
+    medians = {condition: np.median([row.iou for row in results["recipe", condition]]) for _, condition in results}
+    change = medians["outliers 0.5 %"] / medians["clean"] - 1
+    console.print(f"Outliers change the median IoU by {100 * change:+.1f} %.")
+    fits = 3 * len(kinds)
+    console.print(
+        f"{options.scenes} scenes at {options.width}x{options.height}, {len(kinds)} objects; "
+        + ", ".join(f"{name}: {1000 * spent / fits:.1f} ms an object" for name, spent in seconds.items())
+        + f". Python {platform.python_version()}, NumPy {np.__version__}, trimesh {trimesh.__version__}."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Labels are put together in processes of their own: fitting boxes is Python for the most part, and takes long."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import connection
+from types import TracebackType
+
+from spear_lightning.labeling.assembly import Evidence, ObjectFilter, assemble
+from spear_lightning.labeling.object_label import BoxRecipe
+from spear_lightning.labeling.records import ImageLabel, check_label
+
+
+class BoxPool:
+    """Calls `assemble` in other processes; use as a context manager.
+
+    Args:
+        processes: How many; 0: in the calling thread.
+        recipe: How points become boxes.
+        keep: Which objects are worth a label.
+    """
+
+    def __init__(self, processes: int, recipe: BoxRecipe, keep: ObjectFilter) -> None:
+        self._recipe, self._keep = recipe, keep
+        self._pool: ProcessPoolExecutor | None = None
+        if processes:
+            # Started from scratch: a fork would take the GPU's and the threads' state along.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, _start_worker)
+
+    def __enter__(self) -> BoxPool:
+        return self
+
+    def __call__(self, evidence: Evidence) -> ImageLabel:
+        """Return the label of an image (see `assemble`), checked.
+
+        Raises:
+            DataError: If there is none.
+        """
+        if self._pool is None:
+            return _assemble(evidence, self._recipe, self._keep)
+        return self._pool.submit(_assemble, evidence, self._recipe, self._keep).result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _assemble(evidence: Evidence, recipe: BoxRecipe, keep: ObjectFilter) -> ImageLabel:
+    label = assemble(evidence, recipe, keep)
+    check_label(label)
+    return label
+
+
+def _start_worker() -> None:
+    import torch
+
+    # There are as many processes as cores to use.
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when its parent is gone: a killed parent cannot tell."""
+    connection.wait([sentinel])
+    os._exit(1)

@@ -1,0 +1,117 @@
+"""The report is a page of its own: it parses, asks for nothing from elsewhere, and shows what the labels say."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from spear_lightning.labeling.assembly import DROPPED
+from spear_lightning.labeling.demo_labels import demo_label
+from spear_lightning.labeling.label_folder import ImageFailure, LabelFolder
+from spear_lightning.labeling.report import histogram, write_report
+from spear_lightning.labeling.report_pictures import EDGES, draw_label
+from spear_lightning.labeling.run_lengths import decode_mask
+
+VOID = {"meta", "img", "line", "rect", "path", "polygon", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what a page is made of, and whether every element is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.count: dict[str, int] = {}
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def write_labels(folder: Path) -> None:
+    with LabelFolder(folder) as labels:
+        for seed in range(6):
+            label, image_HW3 = demo_label(seed)
+            objects = (replace(label.objects[0], name="<b>sly</b> box"), *label.objects[1:])
+            made = {"geometry": "exact"} | ({DROPPED: "lid: An object has too few points"} if seed == 2 else {})
+            label = replace(label, objects=objects if seed == 0 else label.objects, provenance=made)
+            labels.add(label, simplejpeg.encode_jpeg(np.ascontiguousarray(image_HW3)))
+        labels.add_failure(ImageFailure("gone.jpg", "read", "An image cannot be read\n  where: there"))
+
+
+def test_the_page_holds_what_it_must(tmp_path: Path) -> None:
+    write_labels(tmp_path)
+    path = write_report(tmp_path, tmp_path / "pages" / "report.html", images=4, width=280)
+    text = path.read_text()
+    page = Page(text)
+    assert page.open == []
+    # Nothing from elsewhere, and nothing that runs.
+    assert page.count.keys().isdisjoint({"script", "link", "iframe", "object"})
+    sources = [value for _, name, value in page.attributes if name in ("src", "href")]
+    assert all(value.startswith("data:image/jpeg;base64,") for value in sources)
+    assert len(sources) == page.count["img"] == 4
+    for source in sources:
+        assert Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size == (280, 210)
+    words = " ".join(page.text)
+    for expected in ("4 of 6 labels", "Depth / median depth", "Longest edge / distance", "red box", "from above"):
+        assert expected in words
+    assert "An image cannot be read" in words
+    assert "An object has too few points" in words
+    # Histograms count every object once.
+    objects = sum(len(demo_label(seed)[0].objects) for seed in range(6))
+    titles = [data for data in page.text if ": " in data and " to " in data]
+    assert sum(int(title.rpartition(": ")[2]) for title in titles) % objects in (0, 6)
+    write_report(tmp_path, tmp_path / "all.html", images=100)
+    words = " ".join(Page((tmp_path / "all.html").read_text()).text)
+    assert "6 of 6 labels" in words
+    assert "<b>sly</b> box" in words
+    assert "<b>sly" not in (tmp_path / "all.html").read_text()
+
+
+def test_boxes_and_masks_are_drawn_where_they_are() -> None:
+    label, image_HW3 = demo_label(3, 210, 280)
+    drawn = np.asarray(Image.open(io.BytesIO(draw_label(label, image_HW3, 280)))).astype(int)
+    changed = np.abs(drawn - image_HW3.astype(int)).max(-1) > 25
+    masks = np.stack([decode_mask(item.mask, 210, 280) for item in label.objects])
+    assert changed[masks.any(0)].mean() > 0.95
+    # Of the rest, only lines and numbers: and those lie at the boxes.
+    assert changed[~masks.any(0)].mean() < 0.1
+    with_camera = changed.sum()
+    without = draw_label(replace(label, intrinsics=None), image_HW3, 280)
+    other = np.abs(np.asarray(Image.open(io.BytesIO(without))).astype(int) - image_HW3.astype(int)).max(-1) > 25
+    assert other.sum() != with_camera
+
+
+def test_a_box_has_twelve_edges() -> None:
+    assert len(set(EDGES)) == 12
+    assert {bin(a ^ b).count("1") for a, b in EDGES} == {1}
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0], [1e-9, 5.0, np.nan, np.inf]])
+def test_histograms_of_odd_values(values: list[float]) -> None:
+    figure = histogram("Odd", np.array(values))
+    Page(figure)
+    counts = [int(text.rpartition(": ")[2]) for text in Page(figure).text if " to " in text]
+    assert sum(counts) == np.isfinite(values).sum()
+    assert histogram("Empty", np.array([np.nan])) == ""

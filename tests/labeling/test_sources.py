@@ -1,0 +1,130 @@
+"""Sources against what is really there: files, a video whose frames are known, and real robot episodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from spear_lightning.errors import ConfigError, DataError
+from spear_lightning.labeling.sources import ImageFolder, ImageRef, RobotFrames
+from spear_lightning.labeling.video_source import VideoFrames
+from spear_lightning.labeling.work_split import WorkSplit
+from spear_lightning.robot_data.images import decode_image
+
+RATE = 10
+
+
+def test_a_folder_yields_its_pictures_by_relative_path(tmp_path: Path) -> None:
+    for name in ("b.JPG", "a/c.png", "a/d.jpeg", "notes.txt", ".hidden.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "empty").mkdir()
+    source = ImageFolder(str(tmp_path))
+    assert [ref.image_id for ref in source.refs()] == ["a/c.png", "a/d.jpeg", "b.JPG"]
+    assert source.read(ImageRef("a/c.png", "")) == b"a/c.png"
+    assert source.name == tmp_path.name
+    with pytest.raises(DataError, match="An image cannot be read"):
+        source.read(ImageRef("gone.jpg", ""))
+    with pytest.raises(DataError, match=r"(?s)no images.*\.jpg"):
+        list(ImageFolder(str(tmp_path / "empty")).refs())
+    with pytest.raises(DataError, match="does not exist"):
+        list(ImageFolder(str(tmp_path / "nowhere")).refs())
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A video of 12.5 s at 10 Hz whose frame n has the grey level 2 n, with a key frame every three seconds."""
+    av = pytest.importorskip("av")
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "day").mkdir()
+    with av.open(str(folder / "day" / "take.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 64, 48, "yuv420p", 30
+        for number in range(125):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 2 * number, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return folder
+
+
+def grey(source: VideoFrames, ref: ImageRef) -> float:
+    return float(simplejpeg.decode_jpeg(source.read(ref)).mean())
+
+
+def test_a_video_yields_the_frame_shown_at_each_time(video_folder: Path) -> None:
+    source = VideoFrames(str(video_folder), rate_hz=0.8, chunk_s=5.0)
+    refs = list(source.refs())
+    assert [ref.image_id for ref in refs[:3]] == [f"day/take.mp4@{t:09d}ms" for t in (0, 1250, 2500)]
+    # At 1.25 s frame 12 is shown, which came at 1.2 s.
+    expected = [2 * int(1.25 * number * RATE + 1e-6) for number in range(10)]
+    assert len(refs) == 10
+    np.testing.assert_allclose([grey(source, ref) for ref in refs], expected, atol=4)
+    assert [ref.group for ref in refs] == [f"day/take.mp4#{int(1.25 * n / 5)}" for n in range(10)]
+
+
+def test_frames_do_not_depend_on_the_order_they_are_read_in(video_folder: Path) -> None:
+    refs = list(VideoFrames(str(video_folder), rate_hz=2).refs())
+    forward = VideoFrames(str(video_folder))
+    expected = {ref.image_id: forward.read(ref) for ref in refs}
+    source = VideoFrames(str(video_folder))
+    for number in np.random.default_rng(0).permutation(len(refs)).tolist():
+        assert source.read(refs[number]) == expected[refs[number].image_id]
+
+
+def test_a_broken_video_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (tmp_path / "broken.mp4").write_bytes(b"no video at all")
+    with pytest.raises(DataError, match="video cannot be opened"):
+        list(VideoFrames(str(tmp_path)).refs())
+    with pytest.raises(ConfigError, match="positive"):
+        VideoFrames(str(tmp_path), rate_hz=0)
+
+
+def test_robot_frames_are_those_of_the_episodes(bridge_folder: Path, tmp_path: Path) -> None:
+    source = RobotFrames(str(bridge_folder), seconds_apart=1.0, index_folder=str(tmp_path))
+    refs = list(source.refs())
+    # 25 episodes of 10 steps at 5 Hz: steps 0 and 5 of each.
+    assert len(refs) == 50
+    assert [ref.image_id.split("/")[-2] for ref in refs[:4]] == ["00000", "00005"] * 2
+    assert len({ref.image_id for ref in refs}) == 50
+    pictures = [decode_image(source.read(ref), ref) for ref in refs]
+    assert {picture.shape for picture in pictures} == {(64, 64, 3)}
+    assert min(picture.std() for picture in pictures) > 10
+    with pytest.raises(ConfigError, match="no such camera"):
+        RobotFrames(str(bridge_folder), camera="nose", index_folder=str(tmp_path))
+
+
+def test_every_image_belongs_to_one_process_whoever_asks() -> None:
+    groups = [f"image {number}" for number in range(2000)]
+    for world in (1, 3, 8):
+        owners = [[g for g in groups if WorkSplit(rank, world).owns(g)] for rank in range(world)]
+        assert sorted(group for own in owners for group in own) == sorted(groups)
+        assert min(map(len, owners)) > 0.7 * len(groups) / world
+    # Stable: the hash must never change, or a resumed run would divide its work in another way.
+    assert [WorkSplit(rank, 8).owns("a.jpg") for rank in range(8)].index(True) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, WorkSplit(0, 1, 0)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, WorkSplit(5, 8, 1)),
+        (
+            {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
+            WorkSplit(2, 4, 0),
+        ),
+        # A batch script of an allocation that starts us without srun: one process.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, WorkSplit(0, 1, 0)),
+    ],
+)
+def test_the_launcher_says_who_we_are(environment: dict[str, str], expected: WorkSplit) -> None:
+    assert WorkSplit.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "one"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_a_contradicting_launcher_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="launcher"):
+        WorkSplit.from_environment(environment)

@@ -1,0 +1,76 @@
+"""Pictures with depth: against MuJoCo's own single rays, and repeated by their seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import pytest
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.labeling.depth_pictures import DepthPictures
+from spear_lightning.worlds.tabletop.commands import main
+from spear_lightning.worlds.tabletop.depth_pictures import (
+    CLOSEST_M,
+    FIELD_OF_VIEW,
+    VIEWS,
+    draw_view,
+    scene_pictures,
+    write_depth_pictures,
+)
+from spear_lightning.worlds.tabletop.ray_camera import RayCamera
+from spear_lightning.worlds.tabletop.world import Tabletop
+
+
+def test_depth_is_that_of_single_rays() -> None:
+    world = Tabletop({}, (1, 2))
+    world.reset("stack", 1)
+    intrinsics, pose = draw_view(np.random.default_rng(0), 28, 21)
+    depth = RayCamera(world.model, intrinsics).see(world.data, pose).depth_HW
+    geom = np.zeros(1, np.int32)
+    for row, column in ((0, 0), (10, 14), (20, 27), (15, 3)):
+        x, y = (column + 0.5 - 14) / intrinsics.fx, (row + 0.5 - 10.5) / intrinsics.fx
+        ray = pose.rotation @ np.array([x, y, 1.0])
+        distance = mujoco.mj_ray(world.model, world.data, pose.position_m, ray, None, 1, -1, geom, None)
+        assert depth[row, column] == pytest.approx(distance if distance >= 0 else np.inf, rel=1e-4)
+
+
+def test_cameras_differ_in_field_of_view_and_never_sit_in_the_gripper() -> None:
+    images, depth, focal = scene_pictures(0, 0, (56, 42))
+    assert images.shape == (VIEWS, 3, 42, 56)
+    assert images.dtype == np.uint8
+    assert depth.shape == (VIEWS, 42, 56)
+    assert depth.min() > CLOSEST_M
+    fields = 2 * np.arctan(42 / 56 / 2 / focal)
+    assert ((fields >= FIELD_OF_VIEW[0] - 1e-6) & (fields <= FIELD_OF_VIEW[1] + 1e-6)).all()
+    assert np.ptp(fields) > 0.1
+    # Nearer pixels move and colours change from view to view.
+    assert len({picture.tobytes() for picture in images}) == VIEWS
+
+
+def test_one_seed_gives_one_store_and_whole_shards_stay(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        write_depth_pictures(folder, 10, seed=2, size=(28, 14), processes=1, shard_size=5)
+    names = sorted(path.name for path in folders[0].iterdir())
+    assert len(names) == 6
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    (folders[0] / "00001.focal.npy").unlink()
+    kept = (folders[0] / "00000.focal.npy").stat().st_mtime_ns
+    write_depth_pictures(folders[0], 10, seed=2, size=(28, 14), processes=1, shard_size=5)
+    assert (folders[0] / "00000.focal.npy").stat().st_mtime_ns == kept
+    assert DepthPictures(folders[0]).fingerprint == DepthPictures(folders[1]).fingerprint
+    with pytest.raises(ConfigError, match="whole scenes"):
+        write_depth_pictures(folders[0], 7)
+
+
+def test_the_command_writes_them(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path), "--processes", "1"]
+    assert main([*out, "--depth_pictures", "5", "--cameras", "primary=28x14"]) == 0
+    assert DepthPictures(tmp_path / "depth").size == (14, 28)
+    with pytest.raises(ConfigError, match="nothing to write"):
+        main(out)
+    with pytest.raises(ConfigError, match="primary"):
+        main([*out, "--depth_pictures", "5", "--cameras", "wrist=28x14"])

@@ -9,7 +9,7 @@ PROCESSES ?= 2
 
 .PHONY: help demo test lint format clean
 help:
-	@echo "make demo    train the small policy on a data set made on the spot, and predict with it"
+	@echo "make demo    show, train and try a small policy in the embedded world"
 	@echo "make test    run the test suite"
 	@echo "make lint    ruff, mypy and the import contracts"
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; none was found. Set PYTHON=/path/to/python."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[sim]"
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

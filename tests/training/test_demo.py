@@ -1,28 +1,32 @@
-"""The demo: the main job from nothing to a predicted chunk."""
+"""The demo: the whole method from nothing to success rates."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from spear_lightning import cli
+from spear_lightning.evaluation.report import read_result
 
 
 @pytest.mark.slow
-def test_demo_ends_with_predictions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["demo", f"--out={tmp_path}", "--steps=2"]) == 0
+def test_demo_ends_with_success_rates(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    few = ["--demonstrations=8", "--steps=2", "--episodes=2"]
+    assert cli.main(["demo", f"--out={tmp_path}", *few]) == 0
     (folder,) = tmp_path.iterdir()
-    predictions = np.load(folder / "runs" / "quickstart_vla" / "predictions.npz")
-    assert predictions["predicted"].shape[1:] == (5, 8)
+    for name in ("policy", "random", "expert"):
+        result = read_result(folder / name)
+        assert [episode.task for episode in result.episodes] == ["touch", "touch"]
+    assert all(episode.success for episode in read_result(folder / "expert").episodes)
+    assert (folder / "policy" / "episodes.gif").stat().st_size > 0
     text = capfd.readouterr().out
     assert "val/translation_error_mm" in text
-    assert "trained, saved, reloaded and predicted" in text
+    assert "demonstrated, trained, reloaded and acted" in text
 
 
-def test_a_missing_data_root_ends_the_demo_with_the_reason(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["demo", f"--out={tmp_path}", "--data=/nowhere", "--steps=2"]) == 1
-    assert "data root does not exist" in capfd.readouterr().err
+def test_what_fails_ends_the_demo_with_the_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", f"--out={tmp_path}", "--demonstrations=0"]) == 1
+    text = capfd.readouterr().err
+    assert "`spear data` failed" in text
+    assert "There is nothing to write" in text

@@ -1,6 +1,7 @@
-"""`spear demo`: the main job from end to end on a laptop, in a few minutes and without a download.
+"""`spear demo`: the whole method on a laptop, in a few minutes and without a download.
 
-Episodes -> index -> training -> checkpoint -> action chunks predicted in a fresh process.
+Demonstrations in the embedded world -> training -> checkpoint -> closed loop in a fresh process, next to the script
+that gave the demonstrations and to chance.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import spear_lightning
 from spear_lightning.errors import ConfigError, SpearError
-from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 
-EXPERIMENT = Path("experiments/quickstart/vla.yaml")
-RUN = Path("runs/quickstart_vla")
+EXPERIMENT = Path("experiments/quickstart/tabletop.yaml")
+RUN = Path("runs/quickstart_tabletop")
 STORE = Path("runs/mlflow.db")
 """Where the experiment puts its run and MLflow's store."""
+
+TASK = "touch"
+PROCESSES = 2
 
 
 def main(arguments: list[str]) -> int:
@@ -34,51 +37,56 @@ def main(arguments: list[str]) -> int:
     """
     from spear_lightning.training.checkpoint_files import newest_checkpoint
 
-    parser = argparse.ArgumentParser(prog="spear demo", description=__doc__)
-    parser.add_argument(
-        "--data", help="data root with a bridge_dataset folder; default: episodes made on the spot"
+    parser = argparse.ArgumentParser(
+        prog="spear demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--out", default="demo", help="folder for runs (default: demo)")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps (default: 300)")
+    parser.add_argument("--out", default="demo", help="folder for runs")
+    parser.add_argument("--demonstrations", type=int, default=320, help="episodes to learn from")
+    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps")
+    parser.add_argument("--episodes", type=int, default=30, help="episodes to try the policy in")
     options = parser.parse_args(arguments)
     experiment = find_experiment()
     started = time.monotonic()
     folder = Path(options.out).absolute() / time.strftime("%Y-%m-%d_%H-%M-%S")
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory(prefix="spear_demo_") as temporary:
-        root = Path(options.data).absolute() if options.data else Path(temporary)
-        if options.data is None:
-            say("1/4  writing 48 made-up episodes in RLDS format")
-            write_demo_episodes(root)
-        say(f"2/4  indexing {root}, then training for {options.steps} steps")
+        say(f'1/4  a script shows {options.demonstrations} times how to "{TASK} the OBJECT"')
+        demonstrate(folder, Path(temporary), options.demonstrations)
+        say(f"2/4  a policy learns from these demonstrations for {options.steps} steps")
         # Relative paths of the experiment (its run folder, MLflow's store) end up in the demo's folder.
         spear(
             folder,
             "fit",
             f"--config={experiment}",
-            f"--data.root={root}",
+            f"--data.root={temporary}",
             f"--data.index_folder={Path(temporary) / 'indexes'}",
             f"--trainer.max_steps={options.steps}",
+            f"--trainer.val_check_interval={max(options.steps // 4, 1)}",
         )
-        run = folder / RUN
-        checkpoint = newest_checkpoint(run / "checkpoints")
-        if checkpoint is None:
-            raise SpearError("The training left no checkpoint", where=run / "checkpoints")
-        say(f"3/4  predicting held-out action chunks in a fresh process from {checkpoint.name} alone")
-        spear(folder, "predict", f"--ckpt_path={checkpoint}")
+    checkpoint = newest_checkpoint(folder / RUN / "checkpoints")
+    if checkpoint is None:
+        raise SpearError("The training left no checkpoint", where=folder / RUN / "checkpoints")
+    say(f"3/4  the policy acts in {options.episodes} scenes that it never saw, and chance and the script do too")
+    contestants = {
+        "policy": [f"--checkpoint={checkpoint}"],
+        "random": ["--policy=random"],
+        "expert": ["--policy=expert"],
+    }
+    for name, contestant in contestants.items():
+        evaluate(folder, name, contestant, options.episodes)
     say("4/4  what was learnt")
-    report(run, folder / STORE)
+    report(folder, list(contestants))
     say(
-        f"spear demo: trained, saved, reloaded and predicted in {time.monotonic() - started:.0f} s.\n"
-        f"  pictures and curves: tensorboard --logdir {run}\n"
-        f"  everything tracked:  mlflow ui --backend-store-uri sqlite:///{folder / STORE}\n"
-        f"  predicted chunks:    {run / 'predictions.npz'}"
+        f"spear demo: demonstrated, trained, reloaded and acted in {time.monotonic() - started:.0f} s.\n"
+        f"  films of the policy: {folder / 'policy' / 'episodes.gif'}\n"
+        f"  pictures and curves: tensorboard --logdir {folder / RUN}\n"
+        f"  everything tracked:  mlflow ui --backend-store-uri sqlite:///{folder / STORE}"
     )
     return 0
 
 
 def find_experiment() -> Path:
-    """Return the quickstart experiment of the checkout this package runs from.
+    """Return the demo's experiment in the checkout this package runs from.
 
     Raises:
         ConfigError: If there is none: the package was installed without its checkout.
@@ -91,6 +99,25 @@ def find_experiment() -> Path:
         "The demo's experiment is not there",
         where=EXPERIMENT,
         remedy="run the demo in a checkout of the repository",
+    )
+
+
+def demonstrate(folder: Path, root: Path, episodes: int) -> None:
+    """Write demonstrations in RLDS format under a data root."""
+    cameras = ("primary=112x84", "wrist=56x56")
+    spear(
+        folder,
+        *("data", "tabletop", "--plain", "--tasks", TASK),
+        *("--episodes", str(episodes), "--cameras", *cameras, "--out", str(root)),
+    )
+
+
+def evaluate(folder: Path, name: str, contestant: list[str], episodes: int) -> None:
+    """Let one contestant act in held-out scenes; its result and films go to a folder of its name."""
+    spear(
+        folder,
+        *("eval", "--plain", "--tasks", TASK, *contestant, "--episodes", str(episodes)),
+        *("--processes", str(PROCESSES), "--out", name),
     )
 
 
@@ -112,24 +139,27 @@ def spear(folder: Path, *arguments: str) -> None:
         )
 
 
-def report(run: Path, store: Path) -> None:
-    """Print validation figures at the first and last validation, as MLflow has them."""
+def report(folder: Path, contestants: list[str]) -> None:
+    """Print validation figures at the first and last validation, as MLflow has them, and success rates."""
     from mlflow.tracking import MlflowClient
     from rich.console import Console
     from rich.table import Table
 
+    from spear_lightning.evaluation.report import comparison_table, read_result
     from spear_lightning.training.tracking import RUN_ID_FILE
 
-    client = MlflowClient(f"sqlite:///{store}")
-    run_id = (run / RUN_ID_FILE).read_text()
-    table = Table(title="Validation on held-out episodes")
+    client = MlflowClient(f"sqlite:///{folder / STORE}")
+    run_id = (folder / RUN / RUN_ID_FILE).read_text()
+    table = Table(title="Validation on held-out demonstrations")
     for column in ("", "first", "last"):
         table.add_column(column, justify="right")
     for name in ("val/loss", "val/translation_error_mm", "val/rotation_error_deg", "val/gripper_accuracy"):
         history = sorted(client.get_metric_history(run_id, name), key=lambda metric: metric.step)
         if history:
             table.add_row(name, f"{history[0].value:.3f}", f"{history[-1].value:.3f}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(comparison_table([read_result(folder / name) for name in contestants]))
 
 
 def say(text: str) -> None:

@@ -82,6 +82,24 @@ def test_shares_that_do_not_work_out(fixed: dict[str, float]) -> None:
     ]
 
 
+def test_the_data_module_hands_shares_and_registry_on(oxe_root: Path, tmp_path: Path) -> None:
+    from spear_lightning.training import RobotDataModule
+
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"schema": 1, "datasets": {"viola": {"rate_hz": 10}}}))
+    module = RobotDataModule(
+        str(oxe_root),
+        {"viola": 1.0, "ur5": 1.0},
+        {"primary": CameraSpec(28, 28)},
+        index_folder=str(tmp_path),
+        shares={"ur5": 0.9},
+        registry=str(own),
+    )
+    mixture = module.open_mixture()
+    assert mixture.shares.tolist() == pytest.approx([0.1, 0.9])
+    assert mixture.training[0].index.rate_hz == 10
+
+
 def loader(mixture: RobotMixture, batch_size: int, **options: int) -> ResumableLoader:
     cameras = {"primary": CameraSpec(28, 28), "wrist": CameraSpec(28, 28)}
     dataset = RobotDataset(mixture.training, mixture.stream(), cameras, ChunkSpec())

@@ -87,6 +87,17 @@ def test_pictures_of_a_batch_are_fetched_together(
     assert asked == [frames, frames]
 
 
+def test_a_frame_cache_is_made_of_a_bucket(bucket: str, demo_root: Path, tmp_path: Path) -> None:
+    local, _ = batch_of(demo_root, tmp_path / "local")
+    remote, expected = batch_of(bucket, tmp_path / "remote")
+    cached = remote.frame_caches(CAMERAS, "exact")
+    dataset = RobotDataset(remote.training, remote.stream(), CAMERAS, ChunkSpec(), cached=cached)
+    assert torch.equal(dataset.__getitems__(range(200)).images["primary"], expected.images["primary"])
+    local.frame_caches(CAMERAS, "exact")
+    (one,), (other,) = ((tmp_path / name / "frames").rglob("primary-*") for name in ("local", "remote"))
+    assert (one / "00000.pictures").read_bytes() == (other / "00000.pictures").read_bytes()
+
+
 def test_a_file_address_is_a_local_path(demo_root: Path, tmp_path: Path) -> None:
     assert data_path(f"file://{demo_root}") == demo_root
     assert data_path("file:///a%20b") == Path("/a b")

@@ -38,6 +38,9 @@ PART_BYTES = 128 << 20
 
 QUALITY = 95
 
+TOGETHER = 256
+"""Pictures fetched at a time, where they are in a bucket."""
+
 
 def ensure_frame_caches(
     root: Path, indexes: Sequence[EpisodeIndex], cameras: Mapping[str, CameraSpec], kind: CacheKind
@@ -148,7 +151,11 @@ class _PartJob:
         temporary = _temporary(file)
         try:
             with temporary.open("wb") as part:
-                for place, (frame, episode) in enumerate(zip(frames, index.episode_of(frames), strict=True)):
+                episodes = index.episode_of(frames)
+                for place, (frame, episode) in enumerate(zip(frames, episodes, strict=True)):
+                    if place % TOGETHER == 0:
+                        ahead = slice(place, place + TOGETHER)
+                        pictures.fetch(frames[ahead], episodes[ahead])
                     try:
                         there = pictures.read_into(int(frame), int(episode), pixels_HW3.permute(2, 0, 1))
                     except BrokenImage as error:

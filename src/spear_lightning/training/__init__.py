@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
+    from spear_lightning.training.geometry_data_module import GeometryDataModule
+    from spear_lightning.training.geometry_module import GeometryModule
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
     from spear_lightning.training.optimizer import OptimizerRecipe
@@ -33,6 +35,8 @@ _HOMES = {
     "ExponentialMovingAverage": "ema",
     "FirstValidation": "first_validation",
     "FreezeSchedule": "freeze_schedule",
+    "GeometryDataModule": "geometry_data_module",
+    "GeometryModule": "geometry_module",
     "ImageAugmentation": "image_augmentation",
     "LabelledImageDataModule": "labelled_image_data_module",
     "MLflowRunLogger": "tracking",
@@ -53,6 +57,8 @@ __all__ = [
     "ExponentialMovingAverage",
     "FirstValidation",
     "FreezeSchedule",
+    "GeometryDataModule",
+    "GeometryModule",
     "ImageAugmentation",
     "LabelledImageDataModule",
     "MLflowRunLogger",

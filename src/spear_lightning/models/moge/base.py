@@ -162,8 +162,11 @@ class Moge(nn.Module, ABC):
             The geometry: metric from v2, each image with a unit of its own from v1. Square pixels and a principal
             point in the middle are assumed. Images of which no camera can be recovered have no valid pixel.
         """
-        output = self(images_B3HW, num_tokens)
-        height, width = images_B3HW.shape[2:]
+        return self.located(self(images_B3HW, num_tokens), focal_x_B)
+
+    def located(self, output: MogeOutput, focal_x_B: Tensor | None = None) -> PointMaps:
+        """Return the points of the network's output in camera frames; see `point_maps`."""
+        height, width = output.mask.shape[1:]
         aspect = width / height
         focal_B = None if focal_x_B is None else focal_from_widths(focal_x_B, aspect)
         mask_BHW = self.mask_values(output.mask) > KNOWN

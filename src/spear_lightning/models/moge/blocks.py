@@ -61,6 +61,15 @@ def upsampler(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(transposed, convolution(channels_out, channels_out))
 
 
+def precisely(module: nn.Module, map_BCHW: Tensor) -> Tensor:
+    """Apply a module in float32 where all else is bfloat16, whose 8 bits would show as steps in depth."""
+    kind = map_BCHW.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        with torch.autocast(kind, enabled=False):
+            return module(map_BCHW.float())
+    return module(map_BCHW)
+
+
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions, each after ReLU, added to the input.
 
@@ -129,7 +138,7 @@ class ConvStack(nn.Module):
         for level, map_BCHW in enumerate(inputs):
             here = self.input_blocks[level](map_BCHW)
             here = self.res_blocks[level](here if below is None else below + here)
-            outputs.append(self.output_blocks[level](here))
+            outputs.append(precisely(self.output_blocks[level], here))
             if level + 1 < len(inputs):
                 below = self.resamplers[level](here)
         return outputs

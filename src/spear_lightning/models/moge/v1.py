@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spear_lightning.models.encoders.moge import MogeEncoder
 from spear_lightning.models.moge.base import PATCH, Moge, MogeDecoder, MogeOutput, remapped
-from spear_lightning.models.moge.blocks import ResidualBlock, convolution, upsampler, with_view_plane
+from spear_lightning.models.moge.blocks import ResidualBlock, convolution, precisely, upsampler, with_view_plane
 from spear_lightning.models.moge.camera import resized
 
 OUTPUTS = (3, 1)
@@ -74,7 +74,7 @@ class MogeV1Head(nn.Module):
         for block in self.upsample_blocks:
             x = block(with_view_plane(x, aspect))
         x = with_view_plane(resized(x, height, width), aspect)
-        return [branch(x) for branch in self.output_block]
+        return [precisely(branch, x) for branch in self.output_block]
 
 
 class MogeV1(Moge):

@@ -105,6 +105,9 @@ class Policy(nn.Module):
         """Tokenise and normalise a batch, on the device its tensors are on."""
         input_ids, text_mask = self.prompt.encode(batch.instructions)
         device = batch.state.device
+        if device.type == "cuda":
+            # From ordinary memory the copy would wait until the GPU has done all its work.
+            input_ids, text_mask = input_ids.pin_memory(), text_mask.pin_memory()
         return PolicyInputs(
             images=batch.images,
             image_mask=batch.image_mask,

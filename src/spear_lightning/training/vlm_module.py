@@ -46,9 +46,9 @@ class VLMModule(SpearModule):
 
     The loss is the mean cross entropy of the answers' tokens, of which 3D tokens count lambda times as much.
     Logged while training: `train/loss`, its parts `train/words` and `train/coordinates` (means without lambda),
-    and `train/tokens`, the answers' tokens of a step. On validation, besides the same under `val/` (with lambda 1):
-    `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the model
-    writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
+    and `train/tokens`, the answers' tokens of a step. On validation, besides the same under `val/` (there lambda
+    is 1): `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the
+    model writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
     `scale`.
 
     Args:

@@ -5,6 +5,7 @@ which some are wild; each box is compared with the object's own. The reference i
 around the same points by trimesh, without erosion, outlier removal, smoothing or continuation of the surface.
 
     .venv/bin/python benchmarks/box_labels.py
+    .venv/bin/python benchmarks/box_labels.py --moge experiments/tabletop/geometry.yaml --weights FILE
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import collections
 import platform
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import jsonargparse
 import numpy as np
 import torch
 import trimesh
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,11 +31,13 @@ from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.box_iou import box_iou
 from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.labeling.geometry import NetworkGeometry, PointMap
 from spear_lightning.labeling.object_label import BoxRecipe, label_object
+from spear_lightning.models.moge import Moge
 from spear_lightning.worlds.tabletop.depth_errors import DepthErrors, disturbed
 from spear_lightning.worlds.tabletop.labels import GroundTruth, ground_truth
 from spear_lightning.worlds.tabletop.tasks import TASKS
-from spear_lightning.worlds.tabletop.world import Tabletop
+from spear_lightning.worlds.tabletop.world import Observation, Tabletop
 
 CAMERAS = ("primary", "secondary")
 LEAST_VISIBLE = 0.5
@@ -53,25 +59,51 @@ MISSED = Result(0.0, float("nan"), float("nan"))
 
 
 class BareTabletop(Tabletop):
-    """The world without pictures: only geometry is looked at."""
+    """The world without pictures, where only geometry is looked at."""
 
-    def observe(self) -> None:  # type: ignore[override]
+    def observe(self) -> Observation:
         """Take no picture."""
+        return Observation({}, self.state, self.instruction)
 
 
-def scenes(count: int, size: tuple[int, int]) -> Iterator[tuple[Tabletop, GroundTruth]]:
-    """Yield random scenes of all tasks, seen by two cameras in turn."""
+def scenes(
+    count: int, size: tuple[int, int], pictures: bool = False
+) -> Iterator[tuple[Tabletop, GroundTruth, np.ndarray | None]]:
+    """Yield random scenes of all tasks, seen by two cameras in turn, and their pictures if asked for."""
     for seed in track(range(count), "scenes", console=Console(stderr=True)):
         camera = CAMERAS[seed % len(CAMERAS)]
-        world = BareTabletop({camera: size}, (2, 4))
-        world.reset(list(TASKS)[seed % len(TASKS)], seed)
-        yield world, ground_truth(world.scene, world.data, camera)
+        world = (Tabletop if pictures else BareTabletop)({camera: size}, (2, 4))
+        seen = world.reset(list(TASKS)[seed % len(TASKS)], seed)
+        yield world, ground_truth(world.scene, world.data, camera), seen.images.get(camera)
 
 
 def conditions(points_HW3: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
     noise = NOISE_M * rng.standard_normal(points_HW3.shape)
     wild, _ = disturbed(points_HW3, DepthErrors(outliers=OUTLIERS), rng)
     return {"clean": points_HW3, "noise 2 mm": points_HW3 + noise, "outliers 0.5 %": wild}
+
+
+def network(experiment: str, weights: str) -> NetworkGeometry:
+    """Return the network of an experiment such as experiments/tabletop/geometry.yaml, with trained weights."""
+    config = yaml.safe_load(Path(experiment).read_text(encoding="utf-8"))["model"]["init_args"]["moge"]
+    config["init_args"]["weights"] = weights
+    parser = jsonargparse.ArgumentParser()
+    parser.add_subclass_arguments(Moge, "moge", required=True)
+    geometry = NetworkGeometry(parser.instantiate_classes(parser.parse_object({"moge": config})).moge)
+    geometry.prepare("cuda" if torch.cuda.is_available() else "cpu")
+    return geometry
+
+
+def predicted_points(geometry: NetworkGeometry, picture_HW3: np.ndarray, true_HW3: np.ndarray) -> np.ndarray:
+    """Return the network's point map in the unit that gives it the true median depth."""
+    (found,) = geometry.point_maps([picture_HW3], ["scene"])
+    if not isinstance(found, PointMap):
+        raise found
+    both_HW = found.valid_HW & np.isfinite(true_HW3[..., 2])
+    if not both_HW.any():
+        return found.points_HW3
+    scale = np.median(true_HW3[both_HW, 2]) / np.median(found.points_HW3[both_HW, 2])
+    return found.points_HW3 * np.float32(scale)
 
 
 def recipe_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
@@ -83,6 +115,7 @@ def recipe_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | Non
 
 def bare_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
     points = points_HW3[mask_HW].astype(np.float64)
+    points = points[np.isfinite(points).all(-1)]
     if len(points) < BoxRecipe.min_points:
         return None
     to_box, extents = trimesh.bounds.oriented_bounds(points)
@@ -106,16 +139,18 @@ def compare(found: OrientedBox | None, true: OrientedBox) -> Result:
 
 
 def measure(
-    count: int, size: tuple[int, int]
+    count: int, size: tuple[int, int], geometry: NetworkGeometry | None
 ) -> tuple[dict[tuple[str, str], list[Result]], list[str], dict[str, float]]:
     """Return results by (method, condition), the kind of each object, and seconds spent by method."""
     methods = {"recipe": recipe_box, "bare": bare_box}
     results: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
     seconds: dict[str, float] = collections.defaultdict(float)
     kinds = []
-    for seed, (world, truth) in enumerate(scenes(count, size)):
+    for seed, (world, truth, picture_HW3) in enumerate(scenes(count, size, geometry is not None)):
         nouns = {thing.name: thing.noun for thing in world.scene.objects}
         seen = conditions(truth.view.points_HW3, np.random.default_rng(seed))
+        if geometry is not None and picture_HW3 is not None:
+            seen["small MoGe"] = predicted_points(geometry, picture_HW3, truth.view.points_HW3)
         for index, name in enumerate(truth.names):
             if truth.visible_O[index] < LEAST_VISIBLE:
                 continue
@@ -166,14 +201,19 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--moge", help="an experiment whose network makes points of its own from pictures")
+    parser.add_argument("--weights", help="the network's trained weights")
     options = parser.parse_args()
+    if (options.moge is None) != (options.weights is None):
+        parser.error("--moge and --weights go together")
     torch.set_num_threads(1)
-    results, kinds, seconds = measure(options.scenes, (options.width, options.height))
+    geometry = network(options.moge, options.weights) if options.moge else None
+    results, kinds, seconds = measure(options.scenes, (options.width, options.height), geometry)
     console.print(summary(results), by_kind(results, kinds))
     medians = {condition: np.median([row.iou for row in results["recipe", condition]]) for _, condition in results}
     change = medians["outliers 0.5 %"] / medians["clean"] - 1
     console.print(f"Outliers change the median IoU by {100 * change:+.1f} %.")
-    fits = 3 * len(kinds)
+    fits = len(medians) * len(kinds)
     console.print(
         f"{options.scenes} scenes at {options.width}x{options.height}, {len(kinds)} objects; "
         + ", ".join(f"{name}: {1000 * spent / fits:.1f} ms an object" for name, spent in seconds.items())

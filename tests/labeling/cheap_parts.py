@@ -14,7 +14,7 @@ import torch
 from spear_lightning.errors import DataError, SpearError
 from spear_lightning.geometry.cameras import PixelIntrinsics
 from spear_lightning.labeling.demo_labels import demo_label
-from spear_lightning.labeling.detections import Detections
+from spear_lightning.labeling.detections import NOTHING, Detections
 from spear_lightning.labeling.detector import Detector, Picture
 from spear_lightning.labeling.gemini import Gemini
 from spear_lightning.labeling.gemini_api import Patience
@@ -58,6 +58,8 @@ class Quadrants(Detector):
                 if isinstance(error, SpearError):
                     return error
                 raise error
+        if "empty" in picture.image_id:
+            return NOTHING
         height, width = picture.pixels_HW3.shape[:2]
         rows = [[0.1, 0.1, 0.5, 0.5], [0.4, 0.5, 0.9, 0.95]]
         boxes = np.array(rows, np.float32) * [width, height, width, height]
@@ -78,6 +80,7 @@ class Ellipses(Segmenter):
     def segment(self, pictures: Sequence[Picture], boxes: Sequence[Detections]) -> list[Masks | SpearError]:
         results: list[Masks | SpearError] = []
         for picture, found in zip(pictures, boxes, strict=True):
+            assert len(found), "there is nothing to segment"
             if "no masks" in picture.image_id:
                 raise RuntimeError("this image spoils its batch")
             height, width = picture.pixels_HW3.shape[:2]

@@ -16,6 +16,7 @@ from spear_lightning.geometry.cameras import PixelIntrinsics
 from spear_lightning.geometry.point_maps import PointMaps
 from spear_lightning.labeling.depth_files import DepthFiles
 from spear_lightning.labeling.geometry import NetworkGeometry, PointMap
+from spear_lightning.models import MogeEncoder, MogeV1
 
 CAMERA = PixelIntrinsics(40.0, 41.0, 12.5, 7.5, width=24, height=16)
 
@@ -137,3 +138,21 @@ def test_images_of_one_size_share_batches_and_come_back_in_order() -> None:
     assert geometry.version == "Flat some/weights"
     with pytest.raises(ConfigError, match="batch_size"):
         NetworkGeometry(network, batch_size=0)
+
+
+def test_a_moge_serves_as_the_network(tmp_path: Path) -> None:
+    encoder = {"hidden_width": 16, "depth": 4, "heads": 2, "layers": [0, 1, 2, 3], "image_size": 28}
+    sizes = {"projection": 8, "upsampled": (8, 8, 8), "blocks": 1, "hidden_ratio": 1, "last": 8}
+    file = MogeV1(MogeEncoder(**encoder), **sizes, num_tokens_range=(4, 8)).save(tmp_path / "model.safetensors")
+    moge = MogeV1(MogeEncoder(**encoder), **sizes, weights=str(file))
+    geometry = NetworkGeometry(moge)
+    geometry.prepare("cpu")
+    assert moge.num_tokens == 8
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((30, 50), (41, 29))]
+    for image, found in zip(images, geometry.point_maps(images, ["a", "b"]), strict=True):
+        assert isinstance(found, PointMap)
+        assert found.points_HW3.shape == image.shape
+        assert (found.intrinsics.width, found.intrinsics.height) == image.shape[1::-1]
+        assert found.intrinsics.fx == pytest.approx(found.intrinsics.fy, rel=1e-5)
+        assert (np.isfinite(found.points_HW3).all(-1) == found.valid_HW).all()

@@ -103,10 +103,6 @@ def start(tmp_path: Path, out: Path, fake: FakeGemini) -> multiprocessing.proces
     return child
 
 
-def test_killed_and_started_again(tmp_path: Path) -> None:
-    kill_and_go_on(tmp_path, kills=3, images=24)
-
-
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
     kill_and_go_on(tmp_path, kills=20, images=100)

@@ -11,6 +11,7 @@ import pytest
 from cheap_parts import Quadrants, cheap_run, contents, write_images
 
 from spear_lightning.errors import ConfigError, DataError
+from spear_lightning.labeling.assembly import DROPPED, ObjectFilter
 from spear_lightning.labeling.label_folder import LabelFolder
 from spear_lightning.labeling.pipeline import Tally
 from spear_lightning.labeling.schema import arrow_schema
@@ -54,6 +55,34 @@ def test_every_image_has_a_label_that_is_right(images: Path, labels: Path) -> No
     tables = [pq.read_table(path) for path in sorted(labels.glob("*.parquet"))]
     assert [len(table) for table in tables] == [4, 4, 4, 2]
     assert all(table.schema.equals(arrow_schema()) for table in tables)
+
+
+def test_an_image_without_objects_has_a_label_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["empty.jpg", "full.jpg"])
+    tally = cheap_run(tmp_path / "images", tmp_path / "labels", Quadrants()).run(ALONE)
+    assert (tally.labelled, tally.objects) == (2, 2)
+    found = {label.image_id: label for label in LabelStore(tmp_path / "labels")}
+    assert found["empty.jpg"].objects == ()
+    assert len(found["empty.jpg"].pixels) == 64
+    assert len(found["full.jpg"].objects) == 2
+
+
+def test_detections_that_become_no_object_are_kept_in_mind(images: Path, tmp_path: Path) -> None:
+    """The second box is larger; the filter lets only its mask pass."""
+    first, second = (np.pi / 4 * 80 * 60 * share for share in (0.4 * 0.4, 0.5 * 0.45))
+    keep = ObjectFilter(min_mask_pixels=round((first + second) / 2), keep_masks=False)
+    tally = cheap_run(images, tmp_path, Quadrants(), objects=keep, limit=2).run(ALONE)
+    assert (tally.objects, tally.dropped) == (2, 2)
+    for label in LabelStore(tmp_path, masks=True):
+        assert [item.name for item in label.objects] == ["plate"]
+        assert label.objects[0].mask.size == 0
+        assert label.provenance[DROPPED].startswith("cup: Its mask has fewer than")
+    assert (
+        cheap_run(images, tmp_path / "strict", Quadrants(), objects=ObjectFilter(min_mask_score=0.95), limit=2)
+        .run(ALONE)
+        .dropped
+        == 4
+    )
 
 
 def test_a_second_run_does_only_what_is_new(images: Path, tmp_path: Path) -> None:

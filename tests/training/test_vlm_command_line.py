@@ -230,7 +230,11 @@ def test_validation_of_a_checkpoint_prints_the_baseline(
     tmp_path: Path, whole_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
-    assert cli.main(["validate", f"--ckpt_path={checkpoint(whole_run, 7)}", *options]) == 0
+    assert cli.main(["validate", f"--ckpt_path={checkpoint(whole_run, 6)}", *options]) == 0
+    for name in ("val/loss", "val/loss_BoxVertices", "val/coordinates"):
+        first, last = (float(value) for value in logged(whole_run, name).values())
+        (alone,) = (float(value) for value in logged(tmp_path, name).values())
+        assert alone == pytest.approx(last, rel=1e-5) != first
     printed = capsys.readouterr().out
     assert "constant mean" in printed
     assert "iou_at_0.25" in printed

@@ -78,13 +78,12 @@ def gather(
     points_HW3 = point_map.points_HW3
     if not point_map.valid_HW.all():
         points_HW3 = np.where(point_map.valid_HW[..., None], points_HW3, np.float32(np.inf))
-    shape = (0, *point_map.valid_HW.shape)
-    found = masks or Masks(np.zeros(shape, bool), np.zeros(0, np.float32))
+    found = masks or Masks(np.zeros((0, *point_map.valid_HW.shape), bool), np.zeros(0, np.float32))
     return Evidence(
         image_id,
         source,
         detections,
-        np.packbits(found.masks_NHW.reshape(len(detections), -1), axis=-1),
+        np.packbits(found.masks_NHW.reshape(len(detections), point_map.valid_HW.size), axis=-1),
         found.scores_N,
         np.ascontiguousarray(points_HW3, np.float32),
         point_map.intrinsics,

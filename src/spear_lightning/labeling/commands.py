@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
 IMPATIENT = "impatient.yaml"
 """The configuration behind `--images`, beside this file."""
+
+WITH_PARTS = tuple(
+    f"{__package__}.{name}" for name in ("depth_files", "gemini", "local_detectors", "sam2", "video_source")
+)
+"""Modules whose classes the help lists, and which need no path in front of their names."""
 
 
 def main(arguments: list[str]) -> int:
@@ -80,6 +86,8 @@ def label_parser() -> ArgumentParser:
 
     from spear_lightning.labeling.pipeline import LabelingRun
 
+    for module in WITH_PARTS:
+        import_module(module)
     parser = ArgumentParser(prog="spear label", description=__doc__)
     parser.add_argument("--config", action="config", help="experiment, e.g. experiments/labeling/egoexo4d.yaml")
     parser.add_argument("--images", help="label this folder; what is not said is as in labeling/impatient.yaml")
@@ -136,8 +144,8 @@ def _summary(tally: Tally, out: str, split: WorkSplit) -> Table:
     table.add_row("objects", f"{tally.objects}, and {tally.dropped} detections without a box")
     if tally.seconds:
         table.add_row("speed", f"{(tally.labelled + tally.failed) / tally.seconds:.2f} images/s")
-        busy = ", ".join(f"{step} {spent / tally.seconds:.0%}" for step, spent in tally.busy_s.items())
-        table.add_row("steps at work", busy)
+        busy = ", ".join(f"{step} {spent / tally.seconds:.2f}" for step, spent in tally.busy_s.items())
+        table.add_row("threads at work", f"{busy} (on average)")
     if tally.costs:
         table.add_row("costs, estimated", tally.costs)
     return table

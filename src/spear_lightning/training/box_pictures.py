@@ -99,7 +99,7 @@ def _draw_sample(plot: Axes, batch: VqaBatch, row: int, text: str, tokens: Coord
     for question, answer in zip(asked, found, strict=True):
         for name, values in (("true", question.values), ("predicted", None if answer is None else answer.values)):
             if values is not None:
-                _draw_points(plot, values, camera, COLOURS[name])
+                draw_points(plot, values, camera, COLOURS[name])
     lines = [
         f"{line[:56]}{'' if answer is not None else ' (no answer)'}"
         for line, answer in zip(batch.questions[row].split("\n"), found, strict=False)
@@ -109,7 +109,15 @@ def _draw_sample(plot: Axes, batch: VqaBatch, row: int, text: str, tokens: Coord
     plot.set_ylim(height, 0)
 
 
-def _draw_points(plot: Axes, values: np.ndarray, camera: PixelIntrinsics | None, colour: str) -> None:
+def draw_points(plot: Axes, values: np.ndarray, camera: PixelIntrinsics | None, colour: str) -> None:
+    """Draw points into an image: eight by the edges of their box, others as crosses.
+
+    Args:
+        plot: Where the image is shown, in pixels.
+        values: (n, 3) points in the camera frame, in any unit, or (n, 2) pixels; anything else is not drawn.
+        camera: Intrinsics of the image; without, points of space are not drawn, nor are those behind the camera.
+        colour: Of the lines.
+    """
     if values.ndim != 2:
         return
     pixels = values

@@ -162,7 +162,8 @@ def with_configuration_of_checkpoint(arguments: list[str]) -> list[str]:
         if "prompt" in built.get("init_args", {}):
             built["init_args"]["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
     # Where a file is expected, jsonargparse takes the content itself too.
-    return [arguments[0], "--config", yaml.safe_dump(kept), *arguments[1:]]
+    # Order matters in some places: of cameras, of tasks.
+    return [arguments[0], "--config", yaml.safe_dump(kept, sort_keys=False), *arguments[1:]]
 
 
 def main(arguments: list[str]) -> int:

@@ -46,9 +46,9 @@ class VLMModule(SpearModule):
 
     The loss is the mean cross entropy of the answers' tokens, of which 3D tokens count lambda times as much.
     Logged while training: `train/loss`, its parts `train/words` and `train/coordinates` (means without lambda),
-    and `train/tokens`, the answers' tokens of a step. On validation, besides the same parts under `val/`:
-    `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the model
-    writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
+    and `train/tokens`, the answers' tokens of a step. On validation, besides the same under `val/` (there lambda
+    is 1): `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the
+    model writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
     `scale`.
 
     Args:
@@ -209,7 +209,8 @@ class VLMModule(SpearModule):
 
     def _loss(self, losses_T: Tensor, is_coordinate_T: Tensor, stage: str) -> Tensor:
         validating = stage != "train"
-        weight = self.coordinate_weight(self.trainer.global_step)
+        # Validation is to be comparable over stages, and alone.
+        weight = 1.0 if validating else self.coordinate_weight(self.trainer.global_step)
         count = losses_T.new_tensor(float(len(losses_T)))
         if not validating and self.trainer.world_size > 1:
             # Processes have different numbers of tokens: each counts as much, wherever it is.

@@ -120,7 +120,7 @@ class Moge(nn.Module, ABC):
         """Return the scalar loss of masks against where surfaces truly are (bool)."""
 
     @abstractmethod
-    def config(self) -> dict[str, Any]:
+    def published_config(self) -> dict[str, Any]:
         """Return the entries of a file's configuration that its readers ask for."""
 
     @property
@@ -255,7 +255,7 @@ class Moge(nn.Module, ABC):
             The file.
         """
         common = {"num_tokens_range": list(self.num_tokens_range), "remap_output": "exp"}
-        return write_moge(path, self.published_state(), {**common, **self.config()})
+        return write_moge(path, self.published_state(), {**common, **self.published_config()})
 
 
 _CONSTANTS = ("image_mean", "image_std")

@@ -146,7 +146,7 @@ class MogeV1(Moge):
         """Return the mean squared error."""
         return F.mse_loss(mask_BHW.float(), known_BHW.float())
 
-    def config(self) -> dict[str, Any]:
+    def published_config(self) -> dict[str, Any]:
         """Return the layers, as v1 names them where they are the last ones."""
         layers, depth = self.encoder.layers, self.encoder.depth
         last = layers == tuple(range(depth - len(layers), depth))

@@ -136,6 +136,6 @@ class MogeV2(Moge):
         """Return the binary cross entropy."""
         return F.binary_cross_entropy_with_logits(mask_BHW.float(), known_BHW.float())
 
-    def config(self) -> dict[str, Any]:
+    def published_config(self) -> dict[str, Any]:
         """Return the layers, where v2 keeps them."""
         return {"encoder": {"backbone": "dinov2", "intermediate_layers": list(self.encoder.layers)}}

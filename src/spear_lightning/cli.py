@@ -21,9 +21,12 @@ VERBS = {
     ),
     "eval": ("success rates in closed loop:  spear eval --checkpoint FILE", "evaluation.commands"),
     "label": ("make 3D labels of images:  spear label --images FOLDER", "labeling.commands"),
-    "demo": ("index, train and predict on a small data set made on the spot", "training.demo"),
+    "demo": ("show, train and try a small policy in the embedded world", "training.demo"),
 }
 """Verb -> what it does, and the module whose `main(arguments) -> int` does it."""
+
+EXTRAS = {"mujoco": "sim", "vla_eval": "sim"}
+"""Module that only some verbs need -> the extra that brings it."""
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 
@@ -61,11 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" Did you mean `spear {close[0]}`?" if close else ""
         sys.stderr.write(f"spear: there is no verb {verb!r}.{hint}\n\n{usage()}")
         return 2
-    run: Callable[[list[str]], int] = import_module(f"spear_lightning.{VERBS[verb][1]}").main
     try:
+        run: Callable[[list[str]], int] = import_module(f"spear_lightning.{VERBS[verb][1]}").main
         return run(given if verb in TRAINER_VERBS else given[len(verb.split()) :])
     except SpearError as error:
         sys.stderr.write(f"spear {verb}: {error}\n")
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.stderr.write(
+            f"spear {verb}: the package {error.name!r} is not installed\n"
+            f"  remedy: pip install 'spear-lightning[{EXTRAS[error.name]}]'\n"
+        )
         return 1
 
 

@@ -1,7 +1,7 @@
 """`spear demo`: the whole method on a laptop, in a few minutes and without a download.
 
-Demonstrations in the embedded world -> training -> checkpoint -> closed loop in a fresh process, next to the script
-that gave the demonstrations and to chance.
+Demonstrations in the embedded world -> training -> checkpoint -> closed loop in a fresh process, compared with the
+script that gave the demonstrations and with chance.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ WEIGHTS_FOLDER = "moge"
 
 WEIGHTS_FILE = "model.safetensors"
 
-ALIGNED_SIDE = 24
+ALIGNED_SIDE = 16
 """Points along each side of the grid by which validation aligns predictions."""
 
 

@@ -41,7 +41,7 @@ class GeometryLoss(nn.Module):
         normals: float = 0.05,
         mask: float = 0.3,
         scale: float = 0.1,
-        align_side: int = 16,
+        align_side: int = 12,
     ) -> None:
         super().__init__()
         self.weights = {"points": points, "edges": edges, "normals": normals, "mask": mask, "scale": scale}
@@ -73,7 +73,7 @@ class GeometryLoss(nn.Module):
         return losses
 
 
-def align_maps(predicted_BHW3: Tensor, true_BHW3: Tensor, known_BHW: Tensor, side: int = 16) -> Alignment:
+def align_maps(predicted_BHW3: Tensor, true_BHW3: Tensor, known_BHW: Tensor, side: int = 12) -> Alignment:
     """Return the best alignment of point maps (see `alignment.align`), each point weighted by 1 / its true depth.
 
     Args:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from spear_lightning.models import (
     SpearVLA,
     SpearVLM,
 )
+
+# What several tests compare with (`moge_reference.py`); pytest's import mode leaves test folders out of the path.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 def small_siglip() -> SiglipEncoder:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
 from spear_lightning.geometry.cameras import PixelIntrinsics
-from spear_lightning.training.validation_pictures import render
+from spear_lightning.training.first_batch_picture import FirstBatchPicture
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
 from spear_lightning.vqa.mixture import load_task, read_answers
 
@@ -29,7 +27,7 @@ COLOURS = {"true": "tab:green", "predicted": "tab:red"}
 COLUMNS = 4
 
 
-class BoxPictures(Callback):
+class BoxPictures(FirstBatchPicture):
     """Draws the first samples of the first validation batch into TensorBoard and MLflow.
 
     Boxes are drawn by their edges, other points as dots: green the truth, red the model's answers. Titles are
@@ -39,29 +37,14 @@ class BoxPictures(Callback):
         samples: Images of the picture.
     """
 
-    def __init__(self, samples: int = 8) -> None:
-        self.samples = samples
+    topic = "boxes"
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw the first batch; the sanity check before training is left out."""
-        if batch_idx > 0 or trainer.sanity_checking or not trainer.is_global_zero or not trainer.loggers:
-            return
-        tokens = cast("VLMModule", pl_module).answerer.require_tokens()
-        pixels = render(draw_answers(outputs, tokens, self.samples))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("val/boxes", pixels, trainer.global_step, dataformats="HWC")
-            elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
-                name = f"validation/boxes_step_{trainer.global_step:07d}.png"
-                logger.experiment.log_image(logger.run_id, pixels, artifact_file=name)
+    def __init__(self, samples: int = 8) -> None:
+        super().__init__(samples)
+
+    def draw(self, module: L.LightningModule, output: VqaValidationOutput) -> Figure:
+        """Return the picture."""
+        return draw_answers(output, cast("VLMModule", module).answerer.require_tokens(), self.samples)
 
 
 def draw_answers(output: VqaValidationOutput, tokens: CoordinateTokens, samples: int) -> Figure:

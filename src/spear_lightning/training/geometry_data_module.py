@@ -10,6 +10,7 @@ import torch
 from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.depth_picture_loader import PicturesInOrder, PictureStream, ShuffledPictures
 from spear_lightning.labeling.depth_pictures import DepthPictures
+from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
 
 
 class GeometryDataModule(L.LightningDataModule):
@@ -35,18 +36,8 @@ class GeometryDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("validation_samples", validation_samples, 1),
-            ("num_workers", num_workers, 0),
-        ):
-            if value < least:
-                raise ConfigError(
-                    "A number of the data module is too small",
-                    where=f"data.{name}",
-                    found=value,
-                    expected=f"at least {least}",
-                )
+        require_at_least(1, batch_size=batch_size, validation_samples=validation_samples)
+        require_at_least(0, num_workers=num_workers)
         self.root = root
         self.pictures = pictures
         self.batch_size = batch_size
@@ -85,17 +76,10 @@ class GeometryDataModule(L.LightningDataModule):
     def train_dataloader(self) -> PictureStream:
         """Return the loader of the endless training stream."""
         store, (rank, world_size) = self.open_store(), self._world
-        if self.batch_size % world_size:
-            raise ConfigError(
-                "The batch cannot be divided evenly",
-                where="data.batch_size",
-                found=f"{self.batch_size} samples on {world_size} processes",
-                remedy="choose a multiple of the number of processes",
-            )
         count = len(store) - self.validation_samples
         return PictureStream(
             ShuffledPictures(store, count, self.seed),
-            self.batch_size // world_size,
+            share_of_batch(self.batch_size, world_size),
             epoch_batches=max(1, count // self.batch_size),
             rank=rank,
             world_size=world_size,

@@ -13,6 +13,7 @@ from spear_lightning.errors import ConfigError
 from spear_lightning.policy import Answerer
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.mixture import Weighting
+from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
 from spear_lightning.vqa.augment import ViewRecipe
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer, Scale
 from spear_lightning.vqa.labelled_images import LabelMixture
@@ -72,17 +73,9 @@ class LabelledImageDataModule(L.LightningDataModule):
         prefetch: int = 2,
     ) -> None:
         super().__init__()
-        smallest = {"batch_size": 1, "validation_samples": 1, "validation_batch_size": 1, "max_length": 1}
-        smallest |= {"num_workers": 0, "prefetch": 1}
-        for name, least in smallest.items():
-            value = locals()[name]
-            if value is not None and value < least:
-                raise ConfigError(
-                    "A number of the data module is too small",
-                    where=f"data.{name}",
-                    found=value,
-                    expected=f"at least {least}",
-                )
+        require_at_least(1, batch_size=batch_size, validation_samples=validation_samples, prefetch=prefetch)
+        require_at_least(1, validation_batch_size=validation_batch_size, max_length=max_length)
+        require_at_least(0, num_workers=num_workers)
         if len(cameras) != 1:
             raise ConfigError(
                 "Labelled images are seen by one camera", where="data.cameras", found=sorted(cameras), expected=1
@@ -148,13 +141,6 @@ class LabelledImageDataModule(L.LightningDataModule):
         """Return the loader of the endless training stream."""
         mixture, tokens = self.open_mixture(), self._require_answerer().require_tokens()
         world_size = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world_size:
-            raise ConfigError(
-                "The batch cannot be divided evenly",
-                where="data.batch_size",
-                found=f"{self.batch_size} samples on {world_size} processes",
-                remedy="choose a multiple of the number of processes",
-            )
         dataset = training_dataset(
             mixture,
             self.tasks,
@@ -168,7 +154,7 @@ class LabelledImageDataModule(L.LightningDataModule):
         )
         return ResumableVqaLoader(
             dataset,
-            self.batch_size // world_size,
+            share_of_batch(self.batch_size, world_size),
             epoch_batches=max(1, sum(map(len, mixture.training)) // self.batch_size),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=world_size,

@@ -8,7 +8,6 @@ import lightning as L
 import torch
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import ConfigError
 from spear_lightning.policy import PolicyInterface
 from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.dataset import EvenSamples, FindsSamples, RobotDataset
@@ -19,6 +18,7 @@ from spear_lightning.robot_data.mixture import Weighting
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.sample_source import SampleSource
 from spear_lightning.robot_data.statistics import MixtureStatistics
+from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
 
 
 class RobotDataModule(L.LightningDataModule):
@@ -80,19 +80,9 @@ class RobotDataModule(L.LightningDataModule):
         registry: str | None = None,
     ) -> None:
         super().__init__()
-        smallest = {"batch_size": 1, "validation_samples": 1, "num_workers": 0, "prefetch": 1, "num_threads": 0}
-        given = {"batch_size": batch_size, "validation_samples": validation_samples}
-        given |= {"num_workers": num_workers, "prefetch": prefetch, "num_threads": num_threads}
-        if validation_batch_size is not None:
-            smallest["validation_batch_size"], given["validation_batch_size"] = 1, validation_batch_size
-        for name, value in given.items():
-            if value < smallest[name]:
-                raise ConfigError(
-                    "A number of the data module is too small",
-                    where=f"data.{name}",
-                    found=value,
-                    expected=f"at least {smallest[name]}",
-                )
+        require_at_least(1, batch_size=batch_size, validation_samples=validation_samples, prefetch=prefetch)
+        require_at_least(1, validation_batch_size=validation_batch_size)
+        require_at_least(0, num_workers=num_workers, num_threads=num_threads)
         self.root = root
         self.weights = mixture
         self.cameras = cameras
@@ -154,16 +144,9 @@ class RobotDataModule(L.LightningDataModule):
         """Return the loader of the endless training stream."""
         mixture = self.open_mixture()
         world_size = self.trainer.world_size if self.trainer else 1
-        if self.batch_size % world_size:
-            raise ConfigError(
-                "The batch cannot be divided evenly",
-                where="data.batch_size",
-                found=f"{self.batch_size} samples on {world_size} processes",
-                remedy="choose a multiple of the number of processes",
-            )
         return ResumableLoader(
             self._dataset(mixture.training, mixture.stream()),
-            self.batch_size // world_size,
+            share_of_batch(self.batch_size, world_size),
             epoch_batches=max(1, mixture.num_samples // self.batch_size),
             rank=self.trainer.global_rank if self.trainer else 0,
             world_size=world_size,

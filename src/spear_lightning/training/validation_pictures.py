@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import lightning as L
-import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.poses import ChunkMode, chunk_to_poses
+from spear_lightning.training.first_batch_picture import FirstBatchPicture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.vla_module import ValidationOutput, VLAModule
 
 
-class ValidationPictures(Callback):
+class ValidationPictures(FirstBatchPicture):
     """Draws the first samples of the first validation batch into TensorBoard and MLflow.
 
     A row a sample: its camera frames, the path seen from above (x, y) and from the side (x, z) in the robot's
@@ -30,30 +27,15 @@ class ValidationPictures(Callback):
         samples: Rows of the picture.
     """
 
-    def __init__(self, samples: int = 4) -> None:
-        self.samples = samples
+    topic = "chunks"
 
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Draw the first batch; the sanity check before training is left out."""
-        if batch_idx > 0 or trainer.sanity_checking or not trainer.is_global_zero or not trainer.loggers:
-            return
-        policy = cast("VLAModule", pl_module).policy
-        figure = draw_chunks(outputs, policy.require_interface().chunk_mode, self.samples)
-        pixels = render(figure)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("val/chunks", pixels, trainer.global_step, dataformats="HWC")
-            elif isinstance(logger, MLFlowLogger) and logger.run_id is not None:
-                name = f"validation/chunks_step_{trainer.global_step:07d}.png"
-                logger.experiment.log_image(logger.run_id, pixels, artifact_file=name)
+    def __init__(self, samples: int = 4) -> None:
+        super().__init__(samples)
+
+    def draw(self, module: L.LightningModule, output: ValidationOutput) -> Figure:
+        """Return the picture."""
+        policy = cast("VLAModule", module).policy
+        return draw_chunks(output, policy.require_interface().chunk_mode, self.samples)
 
 
 def draw_chunks(output: ValidationOutput, chunk_mode: ChunkMode, samples: int) -> Figure:
@@ -105,12 +87,3 @@ def draw_chunks(output: ValidationOutput, chunk_mode: ChunkMode, samples: int) -
         axes[row, -1].set_ylim(-0.1, 1.1)
     axes[0, -1].legend(fontsize=6)
     return figure
-
-
-def render(figure: Figure) -> np.ndarray:
-    """Return a figure as uint8 RGB (height, width, 3)."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return np.asarray(Image.open(buffer).convert("RGB"))

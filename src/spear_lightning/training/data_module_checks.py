@@ -1,0 +1,37 @@
+"""What every data module checks of its arguments."""
+
+from __future__ import annotations
+
+from spear_lightning.errors import ConfigError
+
+
+def require_at_least(least: int, **numbers: int | None) -> None:
+    """Check arguments of a data module, given by their names; `None` is an argument left to its default.
+
+    Raises:
+        ConfigError: If a number is smaller than `least`.
+    """
+    for name, value in numbers.items():
+        if value is not None and value < least:
+            raise ConfigError(
+                "A number of the data module is too small",
+                where=f"data.{name}",
+                found=value,
+                expected=f"at least {least}",
+            )
+
+
+def share_of_batch(batch_size: int, world_size: int) -> int:
+    """Return the samples of a training batch that each process reads.
+
+    Raises:
+        ConfigError: If the batch does not divide evenly.
+    """
+    if batch_size % world_size:
+        raise ConfigError(
+            "The batch cannot be divided evenly",
+            where="data.batch_size",
+            found=f"{batch_size} samples on {world_size} processes",
+            remedy="choose a multiple of the number of processes",
+        )
+    return batch_size // world_size

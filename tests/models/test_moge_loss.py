@@ -54,10 +54,18 @@ def test_alignment_undoes_scale_and_shift_in_spite_of_outliers_and_holes() -> No
     weight = torch.ones(3, 64)
     weight[:, 60:] = 0
     weight[2] = 0
+    # Predictions of any size have their scale.
+    predicted[0] *= 1e-12
     found = align(predicted, true, weight)
-    torch.testing.assert_close(found.scale, torch.tensor([0.2, 1.0, 1.0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.scale, torch.tensor([0.2e12, 1.0, 1.0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.shift, torch.tensor([0.5, -0.3, 0.0]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.apply(predicted)[:2, 8:60], true[:2, 8:60], rtol=1e-4, atol=1e-4)
+
+
+def test_points_without_a_positive_scale_are_brought_to_the_right_size() -> None:
+    true = torch.rand(1, 30, 3, generator=torch.Generator().manual_seed(0)) + 1
+    found = align(-4 * true, true, torch.ones(1, 30))
+    assert found.scale.item() == pytest.approx(0.25, rel=0.01)
 
 
 def scene() -> tuple[Tensor, Tensor]:
@@ -83,12 +91,13 @@ def test_the_truth_up_to_scale_and_shift_costs_nothing(version: type) -> None:
     moge = small(version)
     predicted = (points - torch.tensor([0.0, 0.0, 0.2])) / 3
     predicted[:, :3] = 9
+    size = sum(predicted[index, 3:, :, 2].log().mean().item() ** 2 for index in range(2)) / 2
     right = known.float() if version is MogeV1 else 40.0 * (2 * known.float() - 1)
     scale = None if version is MogeV1 else torch.full((2,), 3.0)
     losses = GeometryLoss()(moge, MogeOutput(predicted, right, scale), points, known)
-    assert losses.keys() == {"points", "edges", "normals", "mask", "total"} | (
-        {"scale"} if scale is not None else set()
-    )
+    assert losses.pop("size").item() == pytest.approx(size)
+    assert losses.pop("total").item() == pytest.approx(0.02 * size, abs=1e-4)
+    assert losses.keys() == {"points", "edges", "normals", "mask"} | ({"scale"} if scale is not None else set())
     for name, value in losses.items():
         assert value.item() == pytest.approx(0, abs=1e-4), name
     if scale is not None:

@@ -48,6 +48,9 @@ def align(predicted_BN3: Tensor, true_BN3: Tensor, weight_BN: Tensor) -> Alignme
     weight = weight_BN.float()
     counted = (weight > TINY)[..., None]
     predicted, true = (torch.where(counted, points.float(), 0.0) for points in (predicted_BN3, true_BN3))
+    # Predictions may be of any size, and what counts as zero must not depend on it.
+    size_B = _typical(predicted, weight) / _typical(true, weight)
+    predicted = predicted / size_B[:, None, None]
     # (B, K, 3N) coefficients and right sides: x and y are the same for all anchors.
     across, across_true = predicted[..., :2].flatten(1), true[..., :2].flatten(1)
     z, z_true = predicted[..., 2], true[..., 2]
@@ -63,8 +66,15 @@ def align(predicted_BN3: Tensor, true_BN3: Tensor, weight_BN: Tensor) -> Alignme
     best = error_BK.argmin(-1, keepdim=True)
     scale = scale_BK.gather(1, best)
     shift = z_true.gather(1, best) - scale * z.gather(1, best)
+    # Points that are mirrored, say, have no good scale > 0: they are brought to the right size.
     found = error_BK.gather(1, best).isfinite()
-    return Alignment(torch.where(found, scale, 1.0)[:, 0], torch.where(found, shift, 0.0)[:, 0])
+    scale, shift = torch.where(found, scale, 1.0)[:, 0], torch.where(found, shift, 0.0)[:, 0]
+    return Alignment(scale / size_B, shift)
+
+
+def _typical(points_BN3: Tensor, weight_BN: Tensor) -> Tensor:
+    size_B = (weight_BN[..., None] * points_BN3.abs()).sum((1, 2)) / weight_BN.sum(1).clamp(min=TINY)
+    return torch.where(size_B > 0, size_B, 1.0)
 
 
 def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ class GeometryLoss(nn.Module):
     - `edges`: the same of the differences between neighbouring pixels, which makes outlines sharp;
     - `normals`: mean 1 - cosine between surface normals, off the outlines;
     - `mask`: the network's own loss of where there is a surface;
-    - `scale`: mean absolute error of the logarithm of the metric scale, for networks that have one.
+    - `scale`: mean absolute error of the logarithm of the metric scale, for networks that have one;
+    - `size`: mean square of the mean logarithm of predicted depths. No other term minds the size of predictions,
+      so nothing else keeps it from drifting until it is beyond what numbers can hold.
 
     Args:
         points: Weight of the points.
@@ -31,6 +33,7 @@ class GeometryLoss(nn.Module):
         normals: Weight of the normals.
         mask: Weight of the mask.
         scale: Weight of the scale.
+        size: Weight of the size.
         align_side: The alignment is found on a grid of this many points along each side.
     """
 
@@ -41,10 +44,18 @@ class GeometryLoss(nn.Module):
         normals: float = 0.05,
         mask: float = 0.3,
         scale: float = 0.1,
+        size: float = 0.02,
         align_side: int = 12,
     ) -> None:
         super().__init__()
-        self.weights = {"points": points, "edges": edges, "normals": normals, "mask": mask, "scale": scale}
+        self.weights = {
+            "points": points,
+            "edges": edges,
+            "normals": normals,
+            "mask": mask,
+            "scale": scale,
+            "size": size,
+        }
         self.align_side = align_side
 
     def forward(self, moge: Moge, output: MogeOutput, true_BHW3: Tensor, known_BHW: Tensor) -> dict[str, Tensor]:
@@ -64,6 +75,7 @@ class GeometryLoss(nn.Module):
             "edges": edge_loss(aligned, true_BHW3, known_BHW),
             "normals": normal_loss(aligned, true_BHW3, known_BHW),
             "mask": moge.mask_loss(output.mask, known_BHW),
+            "size": size_loss(output.points[..., 2], known_BHW),
         }
         if output.scale is not None:
             losses["scale"] = (output.scale.log() - alignment.scale.log()).abs().mean()
@@ -94,6 +106,13 @@ def align_maps(predicted_BHW3: Tensor, true_BHW3: Tensor, known_BHW: Tensor, sid
 def _spread(size: int, wanted: int, device: torch.device) -> Tensor:
     count = min(size, wanted)
     return (torch.arange(count, device=device) * size + size // 2) // count
+
+
+def size_loss(depth_BHW: Tensor, known_BHW: Tensor) -> Tensor:
+    """Return the mean over images of the squared mean logarithm of depth, over pixels with a surface."""
+    logarithm_BHW = torch.where(known_BHW, depth_BHW, 1.0).clamp(min=1e-30).log()
+    mean_B = logarithm_BHW.sum((1, 2)) / known_BHW.sum((1, 2)).clamp(min=1)
+    return mean_B.square().mean()
 
 
 def edge_loss(aligned_BHW3: Tensor, true_BHW3: Tensor, known_BHW: Tensor) -> Tensor:

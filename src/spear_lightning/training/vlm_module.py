@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError, ConfigError
@@ -152,13 +153,25 @@ class VLMModule(SpearModule):
     def training_step(self, batch: VqaBatch, batch_index: int) -> Tensor:
         """Return the loss of one batch."""
         losses_T, is_coordinate_T = self.answerer.losses(batch)
-        return self._loss(losses_T, is_coordinate_T, "train")
+        weight = self.coordinate_weight(self.trainer.global_step)
+        count = losses_T.new_tensor(float(len(losses_T)))
+        if self.trainer.world_size > 1:
+            # Processes have different numbers of tokens: each token counts as much, wherever it is.
+            count = self.trainer.strategy.reduce(count, reduce_op="mean")
+        loss = torch.where(is_coordinate_T, weight * losses_T, losses_T).sum() / count.clamp(min=1)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        for name, mask_T in _kinds(is_coordinate_T).items():
+            mean = (losses_T.detach() * mask_T).sum() / mask_T.sum().clamp(min=1)
+            self.log(f"train/{name}", mean, batch_size=len(batch))
+        self.log("train/tokens", count, batch_size=len(batch))
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the figures anew."""
         self._metrics = {
             "answers": AnswerMetrics(self.answerer.require_tokens()).to(self.device),
             "accuracy": CoordinateAccuracy().to(self.device),
+            **{name: MeanMetric().to(self.device) for name in ("loss", "coordinates", "words")},
         }
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, LabelledImageDataModule):
@@ -167,7 +180,10 @@ class VLMModule(SpearModule):
     def validation_step(self, batch: VqaBatch, batch_index: int) -> VqaValidationOutput:
         """Log the losses of one batch, and compare what the model answers."""
         found = self.answerer.predictions(batch)
-        self._loss(found.losses, found.is_coordinate, "val")
+        # Without lambda, so that stages can be compared; by tokens, however these lie in batches and processes.
+        self._metrics["loss"].update(found.losses)
+        for name, mask_T in _kinds(found.is_coordinate).items():
+            self._metrics[name].update(found.losses, mask_T)
         self._metrics["accuracy"].update(found.most_likely, found.targets, found.is_coordinate)
         if "tasks" in self._metrics:
             self._metrics["tasks"].update(found.losses, batch, self.answerer.prompt.vocabulary.newline[-1])
@@ -180,6 +196,7 @@ class VLMModule(SpearModule):
         """Log the figures of all processes together."""
         figures = dict(self._metrics["answers"].compute())
         figures["coordinate_accuracy"] = self._metrics["accuracy"].compute()
+        figures |= {name: self._metrics[name].compute() for name in ("loss", "coordinates", "words")}
         if "tasks" in self._metrics:
             figures |= {f"loss_{task}": loss for task, loss in self._metrics["tasks"].compute().items()}
         # They are the same in every process already.
@@ -207,31 +224,6 @@ class VLMModule(SpearModule):
 
         return AnswerWriter()
 
-    def _loss(self, losses_T: Tensor, is_coordinate_T: Tensor, stage: str) -> Tensor:
-        validating = stage != "train"
-        # Validation is to be comparable over stages, and alone.
-        weight = 1.0 if validating else self.coordinate_weight(self.trainer.global_step)
-        count = losses_T.new_tensor(float(len(losses_T)))
-        if not validating and self.trainer.world_size > 1:
-            # Processes have different numbers of tokens: each counts as much, wherever it is.
-            count = self.trainer.strategy.reduce(count, reduce_op="mean")
-        loss = torch.where(is_coordinate_T, weight * losses_T, losses_T).sum() / count.clamp(min=1)
-        self._log(f"{stage}/loss", loss.detach(), len(losses_T), validating, shown=True)
-        for name, mask_T in (("coordinates", is_coordinate_T), ("words", ~is_coordinate_T)):
-            total, number = (losses_T.detach() * mask_T).sum(), mask_T.sum()
-            self._log(f"{stage}/{name}", total / number.clamp(min=1), int(number) if validating else 1, validating)
-        if not validating:
-            self._log("train/tokens", count, 1, validating)
-        return loss
 
-    def _log(self, name: str, value: Tensor, weight: int, validating: bool, shown: bool = False) -> None:
-        self.log(
-            name,
-            value,
-            prog_bar=shown,
-            # Of the mean over validation batches.
-            batch_size=max(1, weight),
-            sync_dist=validating,
-            on_step=not validating,
-            on_epoch=validating,
-        )
+def _kinds(is_coordinate_T: Tensor) -> dict[str, Tensor]:
+    return {"coordinates": is_coordinate_T, "words": ~is_coordinate_T}

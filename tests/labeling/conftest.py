@@ -1,4 +1,4 @@
-"""What the tests of labelling share; see `fake_gemini.py` and `small_networks.py`."""
+"""What the tests of labelling share; besides `fake_gemini.py` and `small_networks.py`, the layouts of robot data."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "robot_data"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+from oxe_layouts import COLOUR, LAYOUTS, motion
+from PIL import Image
 
 from spear_lightning.errors import ConfigError, DataError
 from spear_lightning.labeling.sources import ImageFolder, ImageRef, RobotFrames
@@ -32,6 +35,36 @@ def test_a_folder_yields_its_pictures_by_relative_path(tmp_path: Path) -> None:
         list(ImageFolder(str(tmp_path / "empty")).refs())
     with pytest.raises(DataError, match="does not exist"):
         list(ImageFolder(str(tmp_path / "nowhere")).refs())
+
+
+STORED_AS = {
+    1: lambda seen: seen,
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    4: lambda seen: seen[::-1],
+    5: lambda seen: seen.transpose(1, 0, 2),
+    6: lambda seen: np.rot90(seen),
+    7: lambda seen: np.rot90(seen, 2).transpose(1, 0, 2),
+    8: lambda seen: np.rot90(seen, -1),
+}
+"""How a camera that writes an orientation tag stores what is to be seen (EXIF 2.3, tag 0x0112)."""
+
+
+@pytest.mark.parametrize("orientation", STORED_AS)
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_pictures_of_a_folder_are_upright(orientation: int, ending: str, tmp_path: Path) -> None:
+    seen = np.zeros((32, 48, 3), np.uint8)
+    seen[:16, :16, 0] = seen[16:, :16, 1] = seen[16:, 32:, 2] = 250
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(STORED_AS[orientation](seen)))
+    path = tmp_path / f"a.{ending}"
+    stored.save(path, exif=exif, **({"quality": 98, "subsampling": 0} if ending == "jpg" else {}))
+    data = ImageFolder(str(tmp_path)).read(ImageRef(path.name, ""))
+    np.testing.assert_allclose(decode_image(data, "a").astype(int), seen, atol=12)
+    # Others who are sent the bytes must not turn them again; what is upright is not encoded anew.
+    assert Image.open(io.BytesIO(data)).getexif().get(0x0112, 1) == 1
+    assert (data == path.read_bytes()) == (orientation == 1)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +128,18 @@ def test_robot_frames_are_those_of_the_episodes(bridge_folder: Path, tmp_path: P
     assert min(picture.std() for picture in pictures) > 10
     with pytest.raises(ConfigError, match="no such camera"):
         RobotFrames(str(bridge_folder), camera="nose", index_folder=str(tmp_path))
+
+
+@pytest.mark.parametrize(("dataset", "camera"), [("hydra", "wrist"), ("fmb", "primary")])
+def test_robot_frames_show_their_colours_however_they_are_stored(
+    dataset: str, camera: str, tmp_path: Path
+) -> None:
+    layout = LAYOUTS[dataset]
+    assert camera in layout.blue_first
+    folder = layout.write(tmp_path, [layout.serialize(motion(layout.centre, 30, seed=0))])
+    source = RobotFrames(str(folder), camera, index_folder=str(tmp_path / "index"))
+    data = source.read(next(iter(source.refs())))
+    assert np.abs(decode_image(data, "a")[-1, -1].astype(int) - COLOUR).max() <= 4
 
 
 def test_every_image_belongs_to_one_process_whoever_asks() -> None:

@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.demo_episodes import bridge_layout, demo_episode
 from spear_lightning.robot_data.episode_index import EpisodeIndex
-from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.robot_data.images import PNG_START, BrokenImage, CameraSpec, decode_image
 from spear_lightning.robot_data.index_build import BESIDE, build_index, ensure_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
 from spear_lightning.robot_data.registry import entry_for_folder, entry_of
@@ -286,3 +288,12 @@ def test_leftovers_of_killed_indexing_are_removed(tmp_path: Path) -> None:
     leftover.mkdir(parents=True)
     index_of(write_episodes(tmp_path, {}), tmp_path / "index")
     assert not leftover.exists()
+
+
+def test_a_picture_that_claims_to_be_huge_is_a_broken_one() -> None:
+    # A PNG of a few bytes whose header says 40,000 x 40,000: it must neither be decoded nor end a run.
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
+    data = PNG_START + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    end = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    with pytest.raises(BrokenImage, match="decompression bomb"):
+        decode_image(data + end, "here")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from spear_lightning.errors import ConfigError, DataError
+from spear_lightning.labeling.picture_bytes import red_first, upright
 from spear_lightning.robot_data.episode_index import EpisodeIndex
 from spear_lightning.robot_data.index_build import build_index, index_path
 from spear_lightning.robot_data.index_store import DESCRIPTION
@@ -62,8 +63,8 @@ class ImageSource(ABC):
 class ImageFolder(ImageSource):
     """The JPEG and PNG files of a folder and the folders in it.
 
-    Image ids are paths relative to the folder. A JPEG's orientation tag is not applied: the pixels are taken as
-    they are stored, and labels hold for these.
+    Image ids are paths relative to the folder. Pictures with an orientation tag, as phones write it, are turned
+    upright, and labels hold for the upright ones; so must boxes, masks and depth from files.
 
     Args:
         folder: Where they are.
@@ -80,10 +81,10 @@ class ImageFolder(ImageSource):
             yield ImageRef(path, path)
 
     def read(self, ref: ImageRef) -> bytes:
-        """Return a file's bytes."""
+        """Return a file's bytes; encoded anew if the picture had to be turned."""
         path = self.folder / ref.image_id
         try:
-            return path.read_bytes()
+            return upright(path.read_bytes())
         except OSError as error:
             raise DataError("An image cannot be read", where=path, found=error.strerror) from error
 
@@ -159,7 +160,8 @@ class RobotFrames(ImageSource):
                     yield ImageRef(image_id, image_id)
 
     def read(self, ref: ImageRef) -> bytes:
-        """Return a frame's stored bytes."""
+        """Return a frame's stored bytes; encoded anew if they have red and blue exchanged."""
         episode, step = (int(part) for part in ref.image_id.split("/")[-3:-1])
         frame = int(self._index.episode_starts[episode]) + step
-        return self._index.encoded_image(self._camera, frame, episode)
+        data = self._index.encoded_image(self._camera, frame, episode)
+        return red_first(data, ref.image_id) if self._index.blue_first(self._camera) else data

@@ -80,13 +80,20 @@ def decode_image(
             smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
             return simplejpeg.decode_jpeg(data, colorspace=colours, min_factor=factor, **smallest)
         if data.startswith(PNG_START):
-            from PIL import Image
-
-            pixels_HW3 = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+            pixels_HW3 = _decode_png(data)
             return np.ascontiguousarray(pixels_HW3[..., ::-1]) if blue_first else pixels_HW3
     except (ValueError, OSError, SyntaxError) as error:
         raise _broken(where, error) from error
     raise _broken(where, f"{len(data)} bytes that start with {data[:8]!r}")
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise OSError(error) from None
 
 
 class BrokenImage(DataError):

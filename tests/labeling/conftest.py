@@ -1,4 +1,4 @@
-"""What the tests of labelling share; besides `fake_gemini.py` and `small_networks.py`, the layouts of robot data."""
+"""What the tests of labelling share, `fake_gemini.py` and `small_networks.py`, and the layouts of robot data."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -26,12 +27,20 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["cheap_parts", "google.genai.types", "httpx2", "scipy.spatial", "scipy.ndimage", "pyarrow.parquet"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def key_and_imports() -> None:
+def in_new_process(function: Callable[..., None], *arguments: object) -> None:
+    """Run a test in a new process: in this one the clean process may be there already, without key and imports."""
+    process = multiprocessing.get_context("spawn").Process(target=_prepared, args=(function, *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "see its traceback"
+
+
+def _prepared(function: Callable[..., None], *arguments: object) -> None:
     os.environ["GEMINI_API_KEY"] = KEY
     # The clean process does not know where the tests are, and passes over what it cannot import.
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     CONTEXT.set_forkserver_preload(PRELOAD)
+    function(*arguments)
 
 
 class Cashier:
@@ -105,11 +114,15 @@ def start(tmp_path: Path, out: Path, fake: FakeGemini) -> multiprocessing.proces
 
 @pytest.mark.slow
 def test_killed_twenty_times(tmp_path: Path) -> None:
-    kill_and_go_on(tmp_path, kills=20, images=100)
+    in_new_process(kill_and_go_on, tmp_path, 20, 100)
 
 
 @pytest.mark.slow
 def test_a_process_that_fits_boxes_ends_with_the_one_that_was_killed(tmp_path: Path) -> None:
+    in_new_process(kill_the_parent_of_a_box_process, tmp_path)
+
+
+def kill_the_parent_of_a_box_process(tmp_path: Path) -> None:
     write_images(tmp_path / "images", [f"{number:02d}.jpg" for number in range(6)])
     asked = threading.Event()
     never = threading.Event()

@@ -29,6 +29,7 @@ from spear_lightning.policy.checkpoint import (
     weights_under,
     without_network,
 )
+from spear_lightning.policy.sharded_files import META_FILE
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
 
@@ -140,7 +141,7 @@ def save_answerer(answerer: Answerer, folder: str | Path) -> None:
 def read_answerer(path: str | Path, weights: WeightKind = "ema") -> StoredAnswerer:
     """Read what a checkpoint, a folder or a hub repository holds (see `load_answerer`)."""
     given = Path(path)
-    if given.is_file():
+    if given.is_file() or (given / META_FILE).is_file():
         checkpoint = read_checkpoint(given)
         _check_complete(checkpoint["spear"], given)
         return StoredAnswerer(checkpoint["spear"], weights_under(checkpoint, PREFIX, weights), str(given))

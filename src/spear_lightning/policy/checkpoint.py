@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from spear_lightning.errors import CheckpointError
 from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy.policy import Policy, PolicyInterface
+from spear_lightning.policy.sharded_files import read_folder
 
 SCHEMA = 1
 """Version of the ``spear`` entry; a change that old readers cannot read increases it."""
@@ -100,21 +101,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without unpickling anything but tensors and plain values.
 
     Args:
-        path: A `.ckpt` file.
+        path: A `.ckpt` file, or the folder that several processes have written.
 
     Returns:
-        Its entries, tensors on the CPU and memory-mapped.
+        Its entries; tensors are on the CPU and read when they are used.
 
     Raises:
         CheckpointError: If the file is missing, unreadable, or was not written by this package.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(
             "There is no such checkpoint", where=path, expected="a .ckpt file", remedy="check the path"
         )
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = (
+            read_folder(path)
+            if path.is_dir()
+            else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        )
     except (RuntimeError, OSError, ValueError, EOFError, UnpicklingError) as error:
         raise CheckpointError(
             "The checkpoint cannot be read", where=path, found=f"{type(error).__name__}: {error}"

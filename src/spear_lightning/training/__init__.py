@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.optimizer import OptimizerRecipe
     from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
+    from spear_lightning.training.sharded_strategy import ShardedStrategy
     from spear_lightning.training.tracking import MLflowRunLogger
     from spear_lightning.training.validation_pictures import ValidationPictures
     from spear_lightning.training.vla_module import VLAModule
@@ -45,6 +46,7 @@ _HOMES = {
     "RegionalCompile": "regional_compile",
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
+    "ShardedStrategy": "sharded_strategy",
     "VLAModule": "vla_module",
     "VLMModule": "vlm_module",
     "ValidationPictures": "validation_pictures",
@@ -67,6 +69,7 @@ __all__ = [
     "RegionalCompile",
     "RobotDataModule",
     "RunCheckpoint",
+    "ShardedStrategy",
     "VLAModule",
     "VLMModule",
     "ValidationPictures",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -50,6 +51,10 @@ class SpearModule(L.LightningModule):
     def unused_parameters(self) -> list[str]:
         """Names, relative to `components`, of parameters that this stage's loss never reaches."""
 
+    def entry(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Return the module that steps call, and its methods that they call besides `forward`."""
+        return self.components, ()
+
     @abstractmethod
     def load_initial_weights(self) -> None:
         """Load pretrained weights, then those of `init_from`; called once at the start of a new run."""
@@ -76,6 +81,21 @@ class SpearModule(L.LightningModule):
             self.load_initial_weights()
         # Before the trainer wraps the module for several processes, which waits for all gradients.
         freeze_unused(self)
+
+    def configure_model(self) -> None:
+        """Divide the weights among processes where the strategy is one that does; the first has their values."""
+        from spear_lightning.training.sharded_strategy import ShardedStrategy
+        from spear_lightning.training.sharding import give_values, is_sharded, shard_blocks, values_of
+
+        strategy = self.trainer.strategy
+        root, methods = self.entry()
+        if not isinstance(strategy, ShardedStrategy) or is_sharded(root):
+            return
+        values = values_of(root) if strategy.global_rank == 0 else None
+        root.to("meta")
+        compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard_blocks(root, methods, strategy.device_mesh, compute_dtype, strategy.reshard_after_forward)
+        give_values(root, values, strategy.root_device)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and schedule from the recipe."""

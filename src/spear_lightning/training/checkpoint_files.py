@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from spear_lightning.errors import CheckpointError
+from spear_lightning.policy.sharded_files import read_folder
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -41,11 +42,15 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         map_location: Callable | None = lambda storage, _: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint.
+        """Read a checkpoint, also one that several processes have written together.
 
         Raises:
             CheckpointError: If the file is damaged or holds more than tensors and plain values.
         """
+        if Path(path).is_dir():
+            checkpoint = read_folder(Path(path), optimizer=True)
+            checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+            return checkpoint
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except (RuntimeError, ValueError, EOFError, OSError, UnpicklingError) as error:

@@ -84,10 +84,11 @@ class ExponentialMovingAverage(Callback):
         state = checkpoint["state_dict"]
         names = _aliases(pl_module)
         checkpoint[EMA_KEY] = {}
+        in_shards = getattr(trainer.strategy, "saves_shards", False)
         for name, average in self._averages.items():
-            whole = _whole(average)
+            whole = average if in_shards else _whole(average)
             # The process that writes the file keeps it; in the others it would only fill memory.
-            if trainer.is_global_zero:
+            if in_shards or trainer.is_global_zero:
                 checkpoint[EMA_KEY].update(dict.fromkeys(names[name], whole))
             if self.swapped:
                 raw = self._raw[name]

@@ -99,6 +99,10 @@ class VLAModule(SpearModule):
         """The network: `vlm` (encoders, projections, language model) and `expert`."""
         return self.policy.vla
 
+    def entry(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Return the policy, whose losses and samples steps ask for."""
+        return self.policy, ("losses", "sample_chunk")
+
     def unused_parameters(self) -> list[str]:
         """Names of parameters that the action loss never reaches."""
         return self.policy.vla.unused_parameters()
@@ -173,8 +177,9 @@ class VLAModule(SpearModule):
         check_policy_weights(self.policy, policy_weights(checkpoint, "raw"), where="--ckpt_path")
 
     def on_fit_start(self) -> None:
-        """Check that the normaliser has statistics before a step is wasted."""
-        self.policy.normalizer.require_fitted()
+        """Check that the normaliser has statistics before a step is wasted; a checkpoint may come later."""
+        if not self.resuming:
+            self.policy.normalizer.require_fitted()
 
     def training_step(self, batch: RobotBatch, batch_index: int) -> Tensor:
         """Return the loss of one batch."""

@@ -87,6 +87,10 @@ class VLMModule(SpearModule):
         """The network: `vlm` (encoders, projections, language model)."""
         return self.answerer
 
+    def entry(self) -> tuple[nn.Module, tuple[str, ...]]:
+        """Return the answerer, whose losses and answers steps ask for."""
+        return self.answerer, ("losses", "predictions", "answer_batch")
+
     def unused_parameters(self) -> list[str]:
         """Names of parameters that no answer depends on."""
         encoders = self.answerer.vlm.vision_encoders()

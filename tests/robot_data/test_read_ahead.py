@@ -24,8 +24,8 @@ from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.images import CameraSpec, fit_image
 from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
-from spear_lightning.robot_data.read_ahead import _next
 from spear_lightning.robot_data.robot_mixture import RobotMixture
+from spear_lightning.robot_data.worker_processes import next_result
 
 CAMERAS = {
     "primary": CameraSpec(56, 42),
@@ -170,7 +170,7 @@ def test_errors_of_workers_are_told_without_their_story(raised: Exception, shown
         yield
 
     with pytest.raises(SpearError, match=shown):
-        _next(failing())
+        next_result(failing())
 
 
 @pytest.mark.slow

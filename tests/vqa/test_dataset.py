@@ -223,6 +223,18 @@ def test_workers_read_the_same(
         assert_equal(found, expected)
 
 
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_the_one_it_raised(tokens: CoordinateTokens, tmp_path: Path) -> None:
+    write_demo_labels(tmp_path, 20)
+    dataset = make_dataset(LabelStore(tmp_path), tokens, {"spear_lightning.vqa.object_tasks.Distance": 1.0})
+    for shard in tmp_path.glob("*.parquet"):
+        shard.unlink()
+    with pytest.raises(DataError) as raised:
+        next(iter(FiniteVqaLoader(dataset, range(4), batch_size=4, num_workers=1)))
+    assert str(raised.value).startswith("A file of labels cannot be read")
+    assert "Traceback" not in str(raised.value)
+
+
 def test_validation_reads_all_places_once(
     demo_store: LabelStore, tokens: CoordinateTokens, all_tasks: dict[str, float]
 ) -> None:

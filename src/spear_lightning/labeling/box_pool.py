@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import connection
 from types import TracebackType
 
 from spear_lightning.labeling.assembly import Evidence, ObjectFilter, assemble
 from spear_lightning.labeling.object_label import BoxRecipe
 from spear_lightning.labeling.records import ImageLabel, check_label
+from spear_lightning.robot_data.worker_processes import end_with_parent
 
 
 class BoxPool:
@@ -62,12 +60,4 @@ def _start_worker() -> None:
 
     # There are as many processes as cores to use.
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """End this process when its parent is gone: a killed parent cannot tell."""
-    connection.wait([sentinel])
-    os._exit(1)
+    end_with_parent()

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from spear_lightning.batches import GeometryBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.labeling.depth_pictures import DepthPictures
 from spear_lightning.robot_data.permutation import permute_each
-from spear_lightning.robot_data.read_ahead import WORKER_START, _end_with_trainer, as_is
 from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
+from spear_lightning.robot_data.worker_processes import WorkerLoader
 
 
 class ShuffledPictures(Dataset[GeometryBatch]):
@@ -71,17 +71,7 @@ class PictureStream(ResumableStream[GeometryBatch]):
 
     def open_at(self, places: StreamBatches) -> Iterable[GeometryBatch]:
         """Return what reads the batches of some places, in order and without end."""
-        options: dict[str, Any] = {}
-        if self._num_workers:
-            options = {"multiprocessing_context": WORKER_START, "worker_init_fn": _end_with_trainer}
-        return DataLoader(
-            self.dataset,
-            batch_sampler=places,
-            collate_fn=as_is,
-            num_workers=self._num_workers,
-            pin_memory=self._pin_memory,
-            **options,
-        )
+        return WorkerLoader(self.dataset, places, self._num_workers, pin_memory=self._pin_memory)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse other data and another global batch size.

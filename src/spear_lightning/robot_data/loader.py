@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.robot_data.dataset import RobotDataset
 from spear_lightning.robot_data.read_ahead import Reading, open_reader
-from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
+from spear_lightning.robot_data.resumable_stream import FinitePass, ResumableStream, StreamBatches
 
 
 class ResumableLoader(ResumableStream[RobotBatch]):
@@ -78,10 +78,8 @@ class ResumableLoader(ResumableStream[RobotBatch]):
             )
 
 
-class FiniteLoader:
+class FiniteLoader(FinitePass[RobotBatch]):
     """Iterates over some places in order; the last batch may be smaller.
-
-    Not a `DataLoader`, so that the trainer takes it as it is instead of putting samplers of its own into it.
 
     Args:
         dataset: Reads batches at places.
@@ -101,15 +99,5 @@ class FiniteLoader:
         pin_memory: bool = False,
         num_threads: int = 0,
     ) -> None:
-        starts = range(places.start, places.stop, batch_size)
-        self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
         reading = Reading(num_workers, num_threads, pin_memory=pin_memory)
-        self._reader = open_reader(dataset, self._batches, batch_size, reading)
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[RobotBatch]:
-        """Yield the batches."""
-        return iter(self._reader)
+        super().__init__(places, batch_size, lambda batches: open_reader(dataset, batches, batch_size, reading))

@@ -6,27 +6,21 @@ Both read into slots (`batch_slots`) and give the batches in order, so what come
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import ConfigError, SpearError
+from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.batch_slots import BatchSlots
 from spear_lightning.robot_data.dataset import RobotDataset
-
-WORKER_START = "forkserver"
-"""Workers forked from a clean server share no locks or threads with the trainer."""
+from spear_lightning.robot_data.worker_processes import WorkerLoader
 
 HELD = 3
 """Batches the trainer holds at a time: the one it works on, the one fetched ahead, and one to spare."""
@@ -132,15 +126,9 @@ class WorkerReader:
         ahead = reading.num_workers * reading.prefetch
         self._slots = BatchSlots(dataset, batch_size, ahead + HELD, shared=True)
         self._pin_memory = reading.pin_memory
-        self._loader: DataLoader[Any] = DataLoader(
-            _SlotWriter(dataset, self._slots),  # type: ignore[arg-type]
-            batch_sampler=_Tasks(places, self._slots),  # type: ignore[arg-type]
-            collate_fn=as_is,
-            num_workers=reading.num_workers,
-            prefetch_factor=reading.prefetch,
-            multiprocessing_context=WORKER_START,
-            worker_init_fn=_end_with_trainer,
-            persistent_workers=True,
+        writer, tasks = _SlotWriter(dataset, self._slots), _Tasks(places, self._slots)
+        self._written: WorkerLoader[tuple[int | np.ndarray, int, list[str]]] = WorkerLoader(
+            writer, tasks, reading.num_workers, reading.prefetch
         )
 
     def __iter__(self) -> Iterator[RobotBatch]:
@@ -149,12 +137,7 @@ class WorkerReader:
         Raises:
             SpearError: What a worker raised, or that one is gone.
         """
-        written = iter(self._loader)
-        while True:
-            try:
-                slot, size, instructions = _next(written)
-            except StopIteration:
-                return
+        for slot, size, instructions in self._written:
             batch = self._slots.lend(slot, size, instructions)
             yield batch.pin_memory() if self._pin_memory else batch
 
@@ -189,45 +172,6 @@ class _SlotWriter:
         batch = self._slots.open(memory, len(places))
         self._dataset.fill(batch, places)
         return memory, len(places), batch.instructions
-
-
-def _end_with_trainer(_: int) -> None:
-    """Let a worker end when the trainer was killed: torch watches its parent, which is the fork server instead."""
-    trainer = multiprocessing.parent_process()
-    assert trainer is not None
-
-    def watch() -> None:
-        connection.wait([trainer.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def as_is(batch: Any) -> Any:
-    """Collate function of a dataset that already returns batches."""
-    return batch
-
-
-def _next(written: Iterator[Any]) -> Any:
-    """Return the next result; an error of a worker process loses the story of where it was raised."""
-    try:
-        return next(written)
-    except SpearError as error:
-        # torch puts the worker's traceback before the message.
-        _, mark, message = str(error).rpartition(f"{type(error).__module__}.{type(error).__name__}: ")
-        if not mark:
-            raise
-        raise type(error)(message) from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise SpearError(
-            "A worker process that reads the data has died",
-            where="data.num_workers",
-            found=str(error).strip(),
-            remedy="if the system was out of memory (`dmesg` tells), lower data.num_workers or data.prefetch; "
-            "continue the run with --ckpt_path last",
-        ) from None
 
 
 class ThreadReader:

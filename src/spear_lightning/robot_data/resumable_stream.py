@@ -1,9 +1,9 @@
-"""Epochs of an endless stream of batches whose state is one number: how many batches were handed out."""
+"""Batches of places: epochs of an endless stream whose state is one number, and passes over some places."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -94,3 +94,30 @@ class ResumableStream(ABC, Generic[Batch]):
         self.check_state(state)
         self._given = state["batches"]
         self._running = None
+
+
+class FinitePass(Generic[Batch]):
+    """Iterates over some places in order, again and again; the last batch may be smaller.
+
+    Not a `DataLoader`, so that the trainer takes it as it is instead of putting samplers of its own into it.
+
+    Args:
+        places: Which places.
+        batch_size: Samples per batch.
+        open_reader: Returns what reads the batches of some places, in order.
+    """
+
+    def __init__(
+        self, places: range, batch_size: int, open_reader: Callable[[list[list[int]]], Iterable[Batch]]
+    ) -> None:
+        starts = range(places.start, places.stop, batch_size)
+        self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
+        self._reader = open_reader(self._batches)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
+        return iter(self._reader)

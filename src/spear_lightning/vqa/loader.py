@@ -5,50 +5,14 @@ Question batches vary in length, so they are not read into the fixed memory that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError
-from spear_lightning.robot_data.read_ahead import WORKER_START, _end_with_trainer, as_is
-from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
+from spear_lightning.robot_data.resumable_stream import FinitePass, ResumableStream, StreamBatches
+from spear_lightning.robot_data.worker_processes import WorkerLoader
 from spear_lightning.vqa.dataset import VqaDataset
-
-
-def open_loader(
-    dataset: VqaDataset,
-    batches: Iterable[list[int]],
-    num_workers: int = 0,
-    prefetch: int = 2,
-    pin_memory: bool = False,
-) -> DataLoader[VqaBatch]:
-    """Return a loader of the batches of some places, in order.
-
-    Args:
-        dataset: Reads batches at places.
-        batches: Places of batch after batch.
-        num_workers: Worker processes, which stay from pass to pass; 0 reads in this process.
-        prefetch: Batches each worker prepares ahead.
-        pin_memory: Whether batches are put into page-locked memory.
-    """
-    options: dict[str, Any] = {}
-    if num_workers:
-        options = {
-            "prefetch_factor": prefetch,
-            "multiprocessing_context": WORKER_START,
-            "worker_init_fn": _end_with_trainer,
-            "persistent_workers": True,
-        }
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=as_is,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        **options,
-    )
 
 
 class ResumableVqaLoader(ResumableStream[VqaBatch]):
@@ -84,7 +48,7 @@ class ResumableVqaLoader(ResumableStream[VqaBatch]):
 
     def open_at(self, places: StreamBatches) -> Iterable[VqaBatch]:
         """Return what reads the batches of some places, in order and without end."""
-        return open_loader(self.dataset, places, *self._reading)
+        return WorkerLoader(self.dataset, places, *self._reading)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse other questions and another global batch size.
@@ -104,10 +68,8 @@ class ResumableVqaLoader(ResumableStream[VqaBatch]):
             )
 
 
-class FiniteVqaLoader:
+class FiniteVqaLoader(FinitePass[VqaBatch]):
     """Iterates over some places in order; the last batch may be smaller.
-
-    Not a `DataLoader`, so that the trainer takes it as it is instead of putting samplers of its own into it.
 
     Args:
         dataset: Reads batches at places.
@@ -125,14 +87,8 @@ class FiniteVqaLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        starts = range(places.start, places.stop, batch_size)
-        self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
-        self._loader = open_loader(dataset, self._batches, num_workers, pin_memory=pin_memory)
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[VqaBatch]:
-        """Yield the batches."""
-        return iter(self._loader)
+        super().__init__(
+            places,
+            batch_size,
+            lambda batches: WorkerLoader(dataset, batches, num_workers, pin_memory=pin_memory),
+        )

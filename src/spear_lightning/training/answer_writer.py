@@ -3,49 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-from lightning.pytorch.callbacks import Callback
-from rich.console import Console
+from spear_lightning.batches import VqaBatch
+from spear_lightning.training.prediction_file import PredictionFile
+
+Rows = list[dict[str, int | str]]
 
 
-class AnswerWriter(Callback):
-    """Collects the answers of all batches and writes `answers.jsonl` into the run's folder.
+class AnswerWriter(PredictionFile[Rows]):
+    """Collects the answers of all batches and writes `answers.jsonl` (see `PredictionFile`).
 
     A line is one sample: `position` in the stream of samples, `question`, `answer` ("" if it came to no end) and
-    `true_answer`, each with one line a question. With several processes each writes its own file,
-    `answers_RANK.jsonl`.
+    `true_answer`, each with one line a question.
     """
 
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+    name = "answers.jsonl"
 
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the texts of a batch."""
-        for position, question, answer, true in zip(
-            batch.position.tolist(), batch.questions, outputs, batch.answers, strict=True
-        ):
-            self._rows.append({"position": position, "question": question, "answer": answer, "true_answer": true})
+    def keep(self, batch: VqaBatch, outputs: list[str]) -> Rows:
+        """Return the texts of a batch."""
+        return [
+            {"position": position, "question": question, "answer": answer, "true_answer": true}
+            for position, question, answer, true in zip(
+                batch.position.tolist(), batch.questions, outputs, batch.answers, strict=True
+            )
+        ]
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the file and say where it is."""
-        suffix = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        path = Path(trainer.default_root_dir) / f"answers{suffix}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows))
-        os.replace(temporary, path)
-        count, self._rows = len(self._rows), []
-        if trainer.is_global_zero:
-            Console().print(f"{count} answers: {path}", soft_wrap=True)
+    def write(self, kept: list[Rows], path: Path) -> None:
+        """Write one line a sample."""
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for rows in kept for row in rows)
+        path.write_text("".join(lines), encoding="utf-8")
+
+    def summary(self, kept: list[Rows], path: Path) -> str:
+        """Return how many there are, and where."""
+        return f"{sum(map(len, kept))} answers: {path}"

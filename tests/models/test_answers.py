@@ -6,54 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from paligemma_reference import IMAGE_TOKEN, SIGLIP, paligemma
 from torch import Tensor
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 
 from spear_lightning.models import GemmaShape, SiglipEncoder, SpearVLM
 from spear_lightning.models.answer_loss import most_likely, token_losses
 from spear_lightning.models.generation import generate
 
-ROWS, NEW, IMAGE_TOKEN, END = 300, 8, 299, 1
-SIGLIP = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24, "image_size": 28}
-
-
-def reference(rows: int, path: Path | None = None) -> PaliGemmaForConditionalGeneration:
-    text = {
-        "model_type": "gemma",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": rows,
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    config = PaliGemmaConfig(
-        text_config=text, vision_config=vision, projection_dim=32, hidden_size=32, image_token_index=IMAGE_TOKEN
-    )
-    torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
+ROWS, NEW, END = 300, 8, 1
 
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[PaliGemmaForConditionalGeneration, SpearVLM]:
     """transformers' model with a grown vocabulary, and ours with the published one and a second table."""
-    whole = reference(ROWS + NEW)
+    whole = paligemma(ROWS + NEW)
     state = {name: value.clone() for name, value in whole.state_dict().items()}
-    published = reference(ROWS)
+    published = paligemma(ROWS)
     for name, value in published.state_dict().items():
         value.copy_(state[name][: len(value)] if value.shape != state[name].shape else state[name])
     published.save_pretrained(tmp_path)

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import torch
+from paligemma_reference import IMAGE_TOKEN, SIGLIP, SIGLIP_CONFIG
 from torch import Tensor
 from transformers import PI0Config, PI0ForConditionalGeneration
 
 from spear_lightning.models import ActionExpert, GemmaShape, SiglipEncoder, SpearVLA, SpearVLM
 
-HORIZON, IMAGE_TOKEN, IMAGE_TOKENS = 3, 299, 4
+HORIZON, IMAGE_TOKENS = 3, 4
 
 
 def pi0() -> PI0ForConditionalGeneration:
     gemma = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
     text = {"model_type": "gemma", "hidden_size": 32, "intermediate_size": 48, "vocab_size": 300, **gemma}
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
     vlm = {
         "model_type": "paligemma",
         "text_config": text,
-        "vision_config": vision,
+        "vision_config": SIGLIP_CONFIG,
         "projection_dim": 32,
         "hidden_size": 32,
         "image_token_index": IMAGE_TOKEN,
@@ -45,7 +36,7 @@ def pi0() -> PI0ForConditionalGeneration:
 def spear_like(reference: PI0ForConditionalGeneration) -> SpearVLA:
     """SPEAR-1 with SigLIP alone, carrying PI0's weights."""
     gemma = {"depth": 3, "heads": 4, "kv_heads": 2, "head_dim": 8}
-    siglip = SiglipEncoder(width=16, depth=2, heads=2, mlp_width=24, image_size=28)
+    siglip = SiglipEncoder(**SIGLIP)
     vlm = SpearVLM(GemmaShape(width=32, mlp_width=48, vocab_size=300, **gemma), {"siglip": siglip})
     expert = ActionExpert(width=24, mlp_width=40, **gemma)
     source = reference.model.vlm

@@ -6,47 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from paligemma_reference import IMAGE_TOKEN, SIGLIP, paligemma
 from torch import Tensor
-from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from transformers import PaliGemmaForConditionalGeneration
 
 from spear_lightning.errors import CheckpointError, ConfigError, ShapeError
 from spear_lightning.models import GemmaShape, MogeEncoder, SiglipEncoder, SpearVLA, SpearVLM
 
-IMAGE_TOKEN = 299
 LANGUAGE = GemmaShape(width=32, mlp_width=48, depth=3, heads=4, kv_heads=1, head_dim=8, vocab_size=300)
-SIGLIP = {"width": 16, "depth": 2, "heads": 2, "mlp_width": 24, "image_size": 28}
-
-
-def paligemma() -> PaliGemmaForConditionalGeneration:
-    text = {
-        "model_type": "gemma",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "vocab_size": 300,
-    }
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-        "vision_use_head": False,
-    }
-    config = PaliGemmaConfig(
-        text_config=text, vision_config=vision, projection_dim=32, hidden_size=32, image_token_index=IMAGE_TOKEN
-    )
-    torch.manual_seed(0)
-    model = PaliGemmaForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        # Large enough for every part to matter, norms included.
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 @pytest.fixture

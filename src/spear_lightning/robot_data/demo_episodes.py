@@ -14,10 +14,11 @@ import torch
 
 from spear_lightning.geometry import quaternions
 from spear_lightning.robot_data.rlds_writer import (
-    STEP_FLAGS,
+    STEP_ENDS,
     RldsLayout,
     jpeg,
     scalar,
+    step_ends,
     text,
     vector,
     write_description,
@@ -45,9 +46,7 @@ def bridge_layout(height: int, width: int) -> RldsLayout:
             vector("observation/state", 7),
             vector("action", 7),
             text("language_instruction"),
-            scalar("discount", "float32"),
-            scalar("reward", "float32"),
-            *STEP_FLAGS,
+            *STEP_ENDS,
             scalar("episode_metadata/episode_id", "int32", per_step=False),
         ),
     )
@@ -105,18 +104,13 @@ def demo_episode(
     action_T7[:, 6] = 1.0 - closing_T
     height, width, _ = next(f.shape for f in layout.features if f.kind == "image")
     views = [_draw(state, blocks, yaw, height, width) for state in state_T7]
-    flags = np.arange(steps)
     return {
         "observation/image_0": [_encode(above) for above, _ in views],
         "observation/image_1": [_encode(side) for _, side in views],
         "observation/state": state_T7,
         "action": action_T7,
         "language_instruction": [f"reach for the {goal_name} block"] * steps,
-        "discount": np.ones(steps, np.float32),
-        "reward": (flags == steps - 1).astype(np.float32),
-        "is_first": flags == 0,
-        "is_last": flags == steps - 1,
-        "is_terminal": flags == steps - 1,
+        **step_ends(steps),
         "episode_metadata/episode_id": np.array([episode]),
     }
 

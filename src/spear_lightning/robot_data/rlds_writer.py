@@ -54,6 +54,21 @@ def text(key: str, per_step: bool = True) -> Feature:
 STEP_FLAGS = tuple(scalar(key, "bool") for key in _STEP_FLAGS)
 """The three flags that every RLDS step has."""
 
+STEP_ENDS = (scalar("discount", "float32"), scalar("reward", "float32"), *STEP_FLAGS)
+"""What else RLDS knows of a step; see `step_ends`."""
+
+
+def step_ends(steps: int) -> dict[str, np.ndarray]:
+    """Return the values of `STEP_ENDS` of an episode of some steps that ends in success: reward 1 at its last."""
+    number_T = np.arange(steps)
+    return {
+        "discount": np.ones(steps, np.float32),
+        "reward": (number_T == steps - 1).astype(np.float32),
+        "is_first": number_T == 0,
+        "is_last": number_T == steps - 1,
+        "is_terminal": number_T == steps - 1,
+    }
+
 
 @dataclass(frozen=True)
 class RldsLayout:

@@ -13,10 +13,11 @@ import simplejpeg
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.rlds_writer import (
-    STEP_FLAGS,
+    STEP_ENDS,
     RldsLayout,
     jpeg,
     scalar,
+    step_ends,
     text,
     vector,
     write_description,
@@ -80,9 +81,7 @@ class DemonstrationPlan:
                 vector("observation/state", 8),
                 vector("action", 8),
                 text("language_instruction"),
-                scalar("discount", "float32"),
-                scalar("reward", "float32"),
-                *STEP_FLAGS,
+                *STEP_ENDS,
                 scalar("episode_metadata/episode_id", "int32", per_step=False),
                 scalar("episode_metadata/seed", "int64", per_step=False),
                 text("episode_metadata/task", per_step=False),
@@ -220,7 +219,6 @@ def _features(
     task: str,
 ) -> dict[str, np.ndarray | Sequence[bytes] | Sequence[str]]:
     steps = len(observations)
-    number = np.arange(steps)
     images: dict[str, Sequence[bytes]] = {
         f"observation/{name}": [encoded(observation.images[name]) for observation in observations]
         for name in plan.image_sizes
@@ -230,11 +228,7 @@ def _features(
         "observation/state": np.stack([observation.state for observation in observations]),
         "action": np.stack(targets).astype(np.float32),
         "language_instruction": [observation.instruction for observation in observations],
-        "discount": np.ones(steps, np.float32),
-        "reward": (number == steps - 1).astype(np.float32),
-        "is_first": number == 0,
-        "is_last": number == steps - 1,
-        "is_terminal": number == steps - 1,
+        **step_ends(steps),
         "episode_metadata/episode_id": np.array([episode]),
         "episode_metadata/seed": np.array([seed]),
         "episode_metadata/task": [task],

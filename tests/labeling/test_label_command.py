@@ -52,6 +52,14 @@ def test_images_is_short_for_a_configuration(capsys: pytest.CaptureFixture[str],
     assert printed["geometry"]["init_args"]["network"]["class_path"] == "spear_lightning.models.MogeV2"
 
 
+def test_names_without_images_are_not_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    experiment = FOLDER / "egoexo4d.yaml"
+    assert cli.main(["label", f"--config={experiment}", "--names", "red cup", "box", "--print_config"]) == 1
+    message = capsys.readouterr().err
+    assert "--images" in message
+    assert """--detector.names='["red cup", "box"]'""" in message
+
+
 @pytest.mark.parametrize(
     ("class_path", "make"),
     [

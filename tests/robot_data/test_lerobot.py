@@ -266,3 +266,14 @@ def test_without_pyav_the_extra_is_named(fresh: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     with pytest.raises(ConfigError, match=r"spear-lightning\[video\]"):
         indexed(fresh)
+
+
+def test_a_split_may_go_on_to_the_last_episode(motions: Motions, tmp_path: Path) -> None:
+    write_v21(tmp_path / NAME, motions, TASKS, FPS, 2)
+    path = tmp_path / NAME / "meta" / "info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "splits": {"train": ":2", "val": "2:"}}))
+    folder = open_lerobot(tmp_path / NAME)
+    numbers = {
+        split: [each.number for _, episodes in files for each in episodes] for split, files in folder.files.items()
+    }
+    assert numbers == {"train": [0, 1], "val": [2, 3]}

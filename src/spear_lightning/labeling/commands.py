@@ -29,6 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.work_split import WorkSplit
 
 if TYPE_CHECKING:
@@ -101,12 +102,23 @@ def label_parser() -> ArgumentParser:
 
 
 def with_images(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with what `--images FOLDER` and `--names NAME ...` stand for put before the others."""
+    """Return the arguments with what `--images FOLDER` and `--names NAME ...` stand for put before the others.
+
+    Raises:
+        ConfigError: If there are names without a folder.
+    """
     short = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     short.add_argument("--images")
     short.add_argument("--names", nargs="+")
     given, others = short.parse_known_args(list(arguments))
     if given.images is None:
+        if given.names is not None:
+            raise ConfigError(
+                "What to look for is said with --images alone",
+                where="--names",
+                found=given.names,
+                remedy=f"with --config, give --detector.names='{json.dumps(given.names)}'",
+            )
         return list(arguments)
     folder = Path(given.images)
     meant = [

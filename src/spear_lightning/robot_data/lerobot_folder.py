@@ -6,6 +6,7 @@ Source: LeRobot's documentation of its data set format. Read with pyarrow; `lero
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -189,11 +190,11 @@ def _place(
 
 
 def _in_range(
-    folder: DataPath, placed: list[tuple[str, LerobotEpisode]], episodes: range | None
+    folder: DataPath, placed: list[tuple[str, LerobotEpisode]], episodes: range
 ) -> list[tuple[DataPath, tuple[LerobotEpisode, ...]]]:
     files: dict[str, list[LerobotEpisode]] = defaultdict(list)
     for file, episode in placed:
-        if episodes is None or episode.number in episodes:
+        if episode.number in episodes:
             files[file].append(episode)
     return [(_below(folder, file), tuple(each)) for file, each in files.items()]
 
@@ -204,9 +205,10 @@ def _below(folder: DataPath, file: str) -> DataPath:
     return folder
 
 
-def _range(text: str) -> range | None:
+def _range(text: str) -> range:
+    """Return the episodes of a split such as "0:100"; without an end it goes on to the last one."""
     start, _, stop = text.partition(":")
-    return range(int(start or 0), int(stop)) if stop else None
+    return range(int(start or 0), int(stop or sys.maxsize))
 
 
 def _count(shape: Iterable[int]) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.training.configuration import differing_keys
+from spear_lightning.training.meta_construction import loading_into_nothing
 from spear_lightning.training.optimizer import OptimizerRecipe, freeze_unused
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class SpearModule(L.LightningModule):
         if stage != "fit":
             return
         if not self.resuming:
-            self.load_initial_weights()
+            with loading_into_nothing():
+                self.load_initial_weights()
         # Before the trainer wraps the module for several processes, which waits for all gradients.
         freeze_unused(self)
 

@@ -21,6 +21,7 @@ from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, newest_checkpoint
 from spear_lightning.training.configuration import KEPT_SECTIONS
+from spear_lightning.training.meta_construction import build_networks_on_meta, is_first_process
 from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
@@ -48,6 +49,13 @@ class SpearCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyper-parameters of the checkpoint silently win over YAML and options.
         return
+
+    def before_instantiate_classes(self) -> None:
+        """Give networks no memory where the strategy hands out weights and another process has them."""
+        strategy = self._get(self.config, "trainer.strategy")
+        class_path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
+        if class_path.rsplit(".", 1)[-1] == "ShardedStrategy" and not is_first_process():
+            build_networks_on_meta(self.parser)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; checkpoints go to the run's folder unless their callback names another."""

@@ -7,6 +7,7 @@ gathered once a step, whose weights stay in float32: autocast rounds what may be
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -51,6 +52,8 @@ def shard_blocks(
             communication, more memory.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # Keys and values are views of projections; nothing changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in list_entries(root).values():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     for part in root.modules():

@@ -1,0 +1,133 @@
+"""Training whose weights are divided among two processes equals that of one process on the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spear_lightning import cli
+from spear_lightning.errors import CheckpointError
+from spear_lightning.policy import load_policy, read_checkpoint
+from spear_lightning.policy.sharded_files import META_FILE
+from spear_lightning.robot_data.demo_episodes import write_demo_episodes
+from spear_lightning.training.checkpoint_files import newest_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TWIN = REPOSITORY / "tests" / "conf" / "vla.yaml"
+OVERLAY = REPOSITORY / "experiments" / "parallel" / "sharded.yaml"
+SCRIPT = REPOSITORY / "tests" / "training" / "sharded_run.py"
+
+pytestmark = pytest.mark.slow
+
+
+def started(processes: int, result: Path, run: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start a run; `processes` 0 means one process without the overlay."""
+    launcher, overlay = [str(SCRIPT)], []
+    if processes:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT)]
+        overlay = [f"--config={OVERLAY}", f"--trainer.devices={processes}"]
+    places = [f"--data.root={data}", f"--data.index_folder={data / 'indexes'}"]
+    places += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+    command = [str(result), "fit", f"--config={TWIN}", *overlay, *places, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (result.with_suffix(".log")).open("wb") as log:
+        return subprocess.Popen([sys.executable, *launcher, *command], stdout=log, stderr=log, env=environment)
+
+
+def finished(process: subprocess.Popen[bytes], result: Path) -> dict[int, float]:
+    assert process.wait() == 0, result.with_suffix(".log").read_text()[-3000:]
+    return {int(step): loss for step, loss in json.loads(result.read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, and two which divide the weights: the same experiment twice."""
+    folder = tmp_path_factory.mktemp("sharded")
+    data = folder / "data"
+    data.mkdir()
+    write_demo_episodes(data, episodes=10, steps=8, height=32, width=48)
+    one = started(0, folder / "one.json", folder / "one", data)
+    two = started(2, folder / "two.json", folder / "two", data)
+    finished(one, folder / "one.json")
+    finished(two, folder / "two.json")
+    return folder
+
+
+def losses(runs: Path, name: str) -> dict[int, float]:
+    return {int(step): loss for step, loss in json.loads((runs / f"{name}.json").read_text()).items()}
+
+
+def checkpoint(runs: Path, name: str, step: int) -> dict[str, Any]:
+    return read_checkpoint(runs / name / "checkpoints" / f"step_{step:07d}.ckpt")
+
+
+def test_losses_weights_and_averages_are_those_of_one_process(runs: Path) -> None:
+    """Losses within 1e-6 relative; weights within 1e-4, a thirtieth of what Adam may change in one step."""
+    one, two = losses(runs, "one"), losses(runs, "two")
+    assert sorted(one) == sorted(two) == list(range(9))
+    assert two == pytest.approx(one, rel=1e-6)
+    alone, divided = checkpoint(runs, "one", 9), checkpoint(runs, "two", 9)
+    for entry in ("state_dict", "ema"):
+        assert alone[entry].keys() == divided[entry].keys()
+        for name, tensor in alone[entry].items():
+            torch.testing.assert_close(divided[entry][name], tensor, rtol=0, atol=1e-4, equal_nan=True)
+    assert len(divided["ema"]) > 50
+
+
+def test_frozen_parts_are_untouched_and_have_no_state(runs: Path) -> None:
+    early, late = checkpoint(runs, "two", 2), checkpoint(runs, "two", 9)
+    moge = [name for name in late["state_dict"] if ".encoders.moge." in name]
+    siglip = [name for name in late["state_dict"] if name.endswith("mlp.fc1.weight") and "siglip" in name]
+    assert len(moge) > 20
+    assert all(torch.equal(early["state_dict"][name], late["state_dict"][name]) for name in moge)
+    assert not any(torch.equal(early["state_dict"][name], late["state_dict"][name]) for name in siglip)
+    folder = runs / "two" / "checkpoints" / "step_0000009.ckpt"
+    saved = [name for path in folder.glob("*.safetensors") for name in load_file(path)]
+    assert not [name for name in saved if ".encoders.moge." in name and name.startswith(("optimizer.", "ema."))]
+    # Each of the two files has half of a matrix.
+    assert saved.count(f"state_dict.{siglip[0]}") == saved.count(f"optimizer.exp_avg.{siglip[0]}") == 2
+
+
+def test_two_processes_save_one_resumes_and_predicts(
+    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also across a phase of the freeze schedule: step 4 is in the second, step 9 in the third."""
+    starts = {}
+    for name, processes in {"again": 1, "plain": 0}.items():
+        folder = runs / name / "checkpoints"
+        shutil.copytree(runs / "two" / "checkpoints" / "step_0000004.ckpt", folder / "step_0000004.ckpt")
+        result = runs / f"{name}.json"
+        starts[result] = started(processes, result, runs / name, runs / "data", "--ckpt_path=last")
+    whole = losses(runs, "one")
+    for result, process in starts.items():
+        resumed = finished(process, result)
+        assert sorted(resumed) == [4, 5, 6, 7, 8]
+        assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-6)
+    path = newest_checkpoint(runs / "again" / "checkpoints")
+    assert path is not None
+    assert path.is_dir()
+    assert cli.main(["predict", f"--ckpt_path={path}", f"--trainer.default_root_dir={tmp_path}"]) == 0
+    assert "100 %" in capsys.readouterr().out
+    averaged, raw = load_policy(path).state_dict(), load_policy(path, "raw").state_dict()
+    name = "vla.expert.action_out.weight"
+    torch.testing.assert_close(
+        averaged[name], checkpoint(runs, "one", 9)["ema"][f"policy.{name}"], rtol=0, atol=1e-4
+    )
+    assert not torch.equal(averaged[name], raw[name])
+
+
+def test_a_folder_that_was_not_finished_is_refused(runs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "step_0000009.ckpt"
+    shutil.copytree(runs / "two" / "checkpoints" / copy.name, copy)
+    (copy / META_FILE).unlink()
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        read_checkpoint(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader
 
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.optimizer import OptimizerRecipe
+
+# What several tests read (`finished_runs.py`); pytest's import mode leaves test folders out of the path.
+sys.path.append(str(Path(__file__).parent))
 
 WIDTH = 4
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import math
 import os
-import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from finished_runs import logged, run_until_killed, weights
 
 from spear_lightning import cli, flow, models, training
 from spear_lightning.policy import load_policy
@@ -24,6 +23,7 @@ from spear_lightning.training.checkpoint_files import newest_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWIN = REPOSITORY / "tests" / "conf" / "vla.yaml"
+LOSS = "train/loss"
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,6 @@ def fit(run: Path, data_options: list[str], *options: str) -> int:
     return cli.main(["fit", f"--config={TWIN}", *data_options, *where, *options])
 
 
-def losses(run: Path, name: str = "train/loss") -> dict[int, str]:
-    """Return step -> loss as written, over all log files of a run, later ones first."""
-    found: dict[int, str] = {}
-    for path in sorted((run / "csv").glob("version_*/metrics.csv")):
-        for row in csv.DictReader(path.open()):
-            if row.get(name):
-                found[int(row["step"])] = row[name]
-    return found
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory, data_options: list[str]) -> Path:
     run = tmp_path_factory.mktemp("whole")
@@ -55,18 +45,13 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, data_options: list[str])
     return run
 
 
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    path = run / "checkpoints" / f"step_{step:07d}.ckpt"
-    return torch.load(path, weights_only=True)["state_dict"]
-
-
 def test_training_logs_every_part_of_the_loss(whole_run: Path) -> None:
-    assert sorted(losses(whole_run)) == list(range(9))
+    assert sorted(logged(whole_run, LOSS)) == list(range(9))
     parts = ("translation", "rotation", "rotation_velocity", "rotation_geodesic", "gripper")
     for part in parts:
-        assert len(losses(whole_run, f"train/{part}")) == 9
+        assert len(logged(whole_run, f"train/{part}")) == 9
     for name in (*parts, "loss", "translation_error_mm", "rotation_error_deg", "gripper_accuracy"):
-        values = [float(value) for value in losses(whole_run, f"val/{name}").values()]
+        values = [float(value) for value in logged(whole_run, f"val/{name}").values()]
         assert len(values) == 3
         assert all(math.isfinite(value) for value in values)
 
@@ -93,20 +78,6 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_what_trains_does(whole_run: P
     assert not torch.equal(states[2][siglip], states[3][siglip])
 
 
-DIE = """
-import os, signal, sys
-from spear_lightning import cli, flow, models, training
-from spear_lightning.training.vla_module import VLAModule
-step = VLAModule.training_step
-def step_or_die(self, batch, batch_index):
-    if self.trainer.global_step == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_index)
-VLAModule.training_step = step_or_die
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 8])
 def test_killed_and_resumed_training_is_bit_equal(
@@ -114,12 +85,9 @@ def test_killed_and_resumed_training_is_bit_equal(
 ) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
     command = ["fit", f"--config={TWIN}", *data_options, *options]
-    killed = subprocess.run(
-        [sys.executable, "-c", DIE, str(step), *command], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert killed.returncode == -signal.SIGKILL
+    run_until_killed("spear_lightning.training.vla_module.VLAModule", step, *command)
     assert fit(tmp_path, data_options, "--ckpt_path=last") == 0
-    resumed, whole = losses(tmp_path), losses(whole_run)
+    resumed, whole = logged(tmp_path, LOSS), logged(whole_run, LOSS)
     last_saved = step // 2 * 2
     assert {s: resumed[s] for s in range(last_saved, 9)} == {s: whole[s] for s in range(last_saved, 9)}
     for name, tensor in weights(whole_run, 9).items():
@@ -141,7 +109,7 @@ def test_resume_with_an_allowed_change_goes_on(tmp_path: Path, whole_run: Path, 
     checkpoint = f"--ckpt_path={whole_run / 'checkpoints' / 'step_0000009.ckpt'}"
     options = ["--trainer.max_steps=11", "--resume_allow=[trainer.max_steps]"]
     assert fit(tmp_path, data_options, checkpoint, *options) == 0
-    assert sorted(losses(tmp_path)) == [9, 10]
+    assert sorted(logged(tmp_path, LOSS)) == [9, 10]
 
 
 def test_warm_start_takes_averaged_weights_and_nothing_else(
@@ -149,7 +117,7 @@ def test_warm_start_takes_averaged_weights_and_nothing_else(
 ) -> None:
     source = whole_run / "checkpoints" / "step_0000009.ckpt"
     assert fit(tmp_path, data_options, f"--model.init_from={source}", "--trainer.max_steps=1") == 0
-    assert sorted(losses(tmp_path)) == [0]
+    assert sorted(logged(tmp_path, LOSS)) == [0]
     saved = torch.load(source, weights_only=True)
     name = "policy.vla.vlm.encoders.siglip.model.post_layernorm.weight"
     # Frozen in the first phase, so it still is what it was started from.
@@ -185,8 +153,8 @@ def test_validate_and_predict_take_configuration_and_averages_from_the_checkpoin
     checkpoint = f"--ckpt_path={whole_run / 'checkpoints' / 'step_0000009.ckpt'}"
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
     assert cli.main(["validate", checkpoint, *options]) == 0
-    during_training = losses(whole_run, "val/loss")
-    (alone,) = losses(tmp_path, "val/loss").values()
+    during_training = logged(whole_run, "val/loss")
+    (alone,) = logged(tmp_path, "val/loss").values()
     assert float(alone) == pytest.approx(float(during_training[max(during_training)]), rel=1e-6)
     assert cli.main(["predict", checkpoint, f"--trainer.default_root_dir={tmp_path}"]) == 0
     saved = np.load(tmp_path / "predictions.npz")
@@ -340,7 +308,8 @@ def test_fit_help_explains_our_options(capsys: pytest.CaptureFixture[str]) -> No
         for name in room.__all__:
             own = getattr(room, name)
             abstract = inspect.isabstract(own) or name in ("Prefix", "FlowSample")
-            assert abstract or f".{name}" in text, name
+            # Its own section: Lightning lists bare names of whatever happens to be imported.
+            assert abstract or f": {room.__name__}.{name}\n" in text, name
     for option, explanation in {
         "holdout": "Share of each data set's episodes kept out of training",
         "geodesic_horizon": "How far the predicted velocity is integrated",

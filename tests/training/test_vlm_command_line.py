@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from finished_runs import checkpoint, logged, run_until_killed, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
@@ -50,23 +46,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     run = tmp_path_factory.mktemp("whole")
     assert fit(run, data) == 0
     return run
-
-
-def checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:07d}.ckpt"
-
-
-def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(checkpoint(run, step), weights_only=True)["state_dict"]
-
-
-def logged(run: Path, name: str) -> dict[int, str]:
-    found: dict[int, str] = {}
-    for path in sorted((run / "csv").glob("version_*/metrics.csv")):
-        for row in csv.DictReader(path.open()):
-            if row.get(name):
-                found[int(row["step"])] = row[name]
-    return found
 
 
 def test_every_part_of_the_loss_and_every_task_is_logged(whole_run: Path) -> None:
@@ -113,30 +92,12 @@ def test_what_is_frozen_keeps_its_bits(whole_run: Path) -> None:
         assert aligned or "encoders" in name or "language_model" in name
 
 
-DIE = """
-import os, signal, sys
-from spear_lightning import cli
-from spear_lightning.errors import CheckpointError
-from spear_lightning.training.vlm_module import VLMModule
-step = VLMModule.training_step
-def step_or_die(self, batch, batch_index):
-    if self.trainer.global_step == int(sys.argv[1]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_index)
-VLMModule.training_step = step_or_die
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_training_is_bit_equal(tmp_path: Path, whole_run: Path, data: Path) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
     options.append("--data.num_workers=1")
     command = ["fit", f"--config={TWIN}", f"--data.root={data}", *options]
-    killed = subprocess.run(
-        [sys.executable, "-c", DIE, "5", *command], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert killed.returncode == -signal.SIGKILL
+    run_until_killed("spear_lightning.training.vlm_module.VLMModule", 5, *command)
     assert fit(tmp_path, data, "--ckpt_path=last") == 0
     resumed, whole = logged(tmp_path, "train/loss"), logged(whole_run, "train/loss")
     assert {s: resumed[s] for s in range(4, 7)} == {s: whole[s] for s in range(4, 7)}

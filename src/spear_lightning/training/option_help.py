@@ -47,7 +47,9 @@ EXPLAINED = {
     "--trainer.callbacks (pictures)": "spear_lightning.training.ValidationPictures",
     "--trainer.callbacks (pictures of 3D boxes)": "spear_lightning.training.BoxPictures",
     "--trainer.callbacks (baseline of SPEAR-VLM)": "spear_lightning.training.ConstantMeanBaseline",
+    "--trainer.callbacks (compilation)": "spear_lightning.training.RegionalCompile",
     "--trainer.callbacks (success rates)": "spear_lightning.training.ClosedLoopEvaluation",
+    "--trainer.strategy (sharded)": "spear_lightning.training.ShardedStrategy",
     "--trainer.logger (MLflow)": "spear_lightning.training.MLflowRunLogger",
 }
 """Where an option stands in a configuration -> the class whose arguments it takes."""

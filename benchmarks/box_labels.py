@@ -5,6 +5,7 @@ which some are wild; each box is compared with the object's own. The reference i
 around the same points by trimesh, without erosion, outlier removal, smoothing or continuation of the surface.
 
     .venv/bin/python benchmarks/box_labels.py
+    PYTHONPATH=FOLDER .venv/bin/python benchmarks/box_labels.py --before earlier.labeling.object_label
     .venv/bin/python benchmarks/box_labels.py --moge experiments/tabletop/geometry.yaml --weights FILE
 """
 
@@ -12,10 +13,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
+import importlib
+import itertools
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import jsonargparse
@@ -27,12 +32,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.box_iou import box_iou
 from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.labeling import object_label
 from spear_lightning.labeling.geometry import NetworkGeometry, PointMap
-from spear_lightning.labeling.object_label import BoxRecipe, label_object
+from spear_lightning.labeling.object_label import BoxRecipe
 from spear_lightning.models.moge import Moge
 from spear_lightning.worlds.tabletop.depth_errors import DepthErrors, disturbed
 from spear_lightning.worlds.tabletop.labels import GroundTruth, ground_truth
@@ -106,10 +111,10 @@ def predicted_points(geometry: NetworkGeometry, picture_HW3: np.ndarray, true_HW
     return found.points_HW3 * np.float32(scale)
 
 
-def recipe_box(points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
+def recipe_box(code: ModuleType, points_HW3: np.ndarray, mask_HW: np.ndarray) -> OrientedBox | None:
     try:
-        return label_object(points_HW3, mask_HW, "object", BoxRecipe()).box
-    except DataError:
+        return code.label_object(points_HW3, mask_HW, "object", code.BoxRecipe()).box
+    except code.DataError:
         return None
 
 
@@ -139,29 +144,37 @@ def compare(found: OrientedBox | None, true: OrientedBox) -> Result:
 
 
 def measure(
-    count: int, size: tuple[int, int], geometry: NetworkGeometry | None
-) -> tuple[dict[tuple[str, str], list[Result]], list[str], dict[str, float]]:
-    """Return results by (method, condition), the kind of each object, and seconds spent by method."""
-    methods = {"recipe": recipe_box, "bare": bare_box}
+    count: int,
+    size: tuple[int, int],
+    geometry: NetworkGeometry | None,
+    references: dict[str, Callable[[np.ndarray, np.ndarray], OrientedBox | None]],
+    every: int,
+) -> tuple[dict[tuple[str, str], list[Result]], list[str], dict[str, list[float]]]:
+    """Return results by (method, condition), the kind of each object, and seconds a box by method.
+
+    The references are looked at in every so manieth scene; seconds are those of these scenes.
+    """
+    recipe = {"recipe": functools.partial(recipe_box, object_label)}
     results: dict[tuple[str, str], list[Result]] = collections.defaultdict(list)
-    seconds: dict[str, float] = collections.defaultdict(float)
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
     kinds = []
     for seed, (world, truth, picture_HW3) in enumerate(scenes(count, size, geometry is not None)):
         nouns = {thing.name: thing.noun for thing in world.scene.objects}
         seen = conditions(truth.view.points_HW3, np.random.default_rng(seed))
         if geometry is not None and picture_HW3 is not None:
             seen["small MoGe"] = predicted_points(geometry, picture_HW3, truth.view.points_HW3)
+        methods = recipe | references if seed % every == 0 else recipe
         for index, name in enumerate(truth.names):
             if truth.visible_O[index] < LEAST_VISIBLE:
                 continue
             kinds.append(nouns[name])
             box = OrientedBox(truth.boxes.centre[index], truth.boxes.quaternion[index], truth.boxes.extents[index])
-            for method, fit in methods.items():
-                for condition, points_HW3 in seen.items():
-                    start = time.process_time()
-                    found = fit(points_HW3, truth.masks_OHW[index])
-                    seconds[method] += time.process_time() - start
-                    results[method, condition].append(compare(found, box))
+            for (method, fit), (condition, points_HW3) in itertools.product(methods.items(), seen.items()):
+                start = time.process_time()
+                found = fit(points_HW3, truth.masks_OHW[index])
+                if seed % every == 0:
+                    seconds[method].append(time.process_time() - start)
+                results[method, condition].append(compare(found, box))
     return results, kinds, seconds
 
 
@@ -201,6 +214,10 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=480)
+    parser.add_argument("--before", help="a module object_label of earlier code, under another name, to compare")
+    parser.add_argument(
+        "--every", type=int, default=1, help="the references are looked at in every so manieth scene"
+    )
     parser.add_argument("--moge", help="an experiment whose network makes points of its own from pictures")
     parser.add_argument("--weights", help="the network's trained weights")
     options = parser.parse_args()
@@ -208,15 +225,22 @@ def main() -> None:
         parser.error("--moge and --weights go together")
     torch.set_num_threads(1)
     geometry = network(options.moge, options.weights) if options.moge else None
-    results, kinds, seconds = measure(options.scenes, (options.width, options.height), geometry)
+    references: dict[str, Callable[[np.ndarray, np.ndarray], OrientedBox | None]] = {"bare": bare_box}
+    if options.before:
+        references["before"] = functools.partial(recipe_box, importlib.import_module(options.before))
+    size = options.width, options.height
+    results, kinds, seconds = measure(options.scenes, size, geometry, references, options.every)
     console.print(summary(results), by_kind(results, kinds))
-    medians = {condition: np.median([row.iou for row in results["recipe", condition]]) for _, condition in results}
+    medians = {
+        condition: np.median([row.iou for row in results["recipe", condition]])
+        for method, condition in results
+        if method == "recipe"
+    }
     change = medians["outliers 0.5 %"] / medians["clean"] - 1
     console.print(f"Outliers change the median IoU by {100 * change:+.1f} %.")
-    fits = len(medians) * len(kinds)
     console.print(
         f"{options.scenes} scenes at {options.width}x{options.height}, {len(kinds)} objects; "
-        + ", ".join(f"{name}: {1000 * spent / fits:.1f} ms an object" for name, spent in seconds.items())
+        + ", ".join(f"{name}: {1000 * np.mean(spent):.1f} ms an object" for name, spent in seconds.items())
         + f". Python {platform.python_version()}, NumPy {np.__version__}, trimesh {trimesh.__version__}."
     )
 

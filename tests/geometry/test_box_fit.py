@@ -10,9 +10,10 @@ import torch
 
 from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
-from spear_lightning.geometry.box_fit import fit_box, inliers
+from spear_lightning.geometry.box_fit import fit_box
 from spear_lightning.geometry.box_iou import box_iou
 from spear_lightning.geometry.oriented_boxes import OrientedBox
+from spear_lightning.geometry.outliers import inliers
 
 EXTENTS = torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
 

@@ -1,6 +1,6 @@
-"""From a cloud of points to an oriented box: outliers out, convex hull, smallest box around it.
+"""From a cloud of points to an oriented box: convex hull, smallest box around it.
 
-scipy (extra `label`) gives the neighbour search and the hull. The search for the smallest box follows O'Rourke
+scipy (extra `label`) gives the hull. The search for the smallest box follows O'Rourke
 ("Finding minimal enclosing boxes", 1985) restricted to boxes with one face on a face of the hull: for each hull
 face, the smallest rectangle around the hull's shadow on it has a side along an edge of the shadow's outline.
 That is exact for boxes and for most of what stands on a table; a regular tetrahedron gets twice its optimum, as
@@ -10,7 +10,8 @@ with trimesh.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,10 @@ import torch
 from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.oriented_boxes import OrientedBox, canonical_axes, reference_axes
+from spear_lightning.geometry.outliers import evenly
+
+if TYPE_CHECKING:
+    from scipy.spatial import ConvexHull
 
 MIN_POINTS = 4
 """Fewer points say nothing about a box."""
@@ -25,13 +30,10 @@ MIN_POINTS = 4
 ALMOST_SMALLEST = 1.15
 """Boxes up to this many times the least volume are compared by more than their volume."""
 
-SLANTED = 4.0
-"""Points this many times sparser than usual may still be a surface seen at a grazing angle."""
-
 SAME = 0.01
 """Frames whose axes differ by less are not compared."""
 
-CANDIDATES = 1000
+CANDIDATES = 500
 """Boxes that are compared so, at most."""
 
 SUPPORT_POINTS = 256
@@ -51,48 +53,23 @@ MAX_HULL = 192
 DIRECTIONS = 512
 """Directions in which the extreme points of such a hull are kept; they are about 9 degrees apart."""
 
+MANY = 300
+"""Clouds of more points are thinned before their hull is made."""
+
+FEW_DIRECTIONS = (16, 64)
+"""In these numbers of directions extreme points are sought first."""
+
+NEGLIGIBLE = 1e-5
+"""Points that stick out by less than this share of a cloud's radius say nothing about its orientation."""
+
 EDGE_ON = 1e-9
 """Cosines and relative lengths below this are zero."""
 
-CHUNK = 1 << 21
-"""Projections computed at a time: 16 MB."""
+FACES = 32
+"""Faces of the hull that are looked at together."""
 
-
-def inliers(
-    points_N3: np.ndarray, neighbours: int = 16, ratio: float = 4.0, max_points: int = 20_000
-) -> np.ndarray:
-    """Tell which points lie as densely as the rest (statistical outlier removal).
-
-    A point is an outlier if its mean distance to its nearest neighbours is far from usual. Distances are
-    compared in logarithms by median and median absolute deviation, so that neither the outliers themselves nor the
-    falling density of a slanted surface move the limit much (Open3D uses mean and standard deviation).
-
-    Args:
-        points_N3: (N, 3) points, finite, any unit.
-        neighbours: Nearest neighbours of a point that are looked at.
-        ratio: Robust standard deviations above the median at which a point is left out, if it is also `SLANTED`
-            times sparser than usual.
-        max_points: Points measured; larger clouds are thinned evenly, and left-out points belong to no box.
-
-    Returns:
-        bool (N,).
-    """
-    from scipy.spatial import cKDTree
-
-    count = len(points_N3)
-    keep = np.zeros(count, bool)
-    chosen = np.arange(count) if count <= max_points else np.linspace(0, count - 1, max_points).astype(np.int64)
-    if len(chosen) <= neighbours:
-        keep[chosen] = True
-        return keep
-    points = points_N3[chosen]
-    # The nearest neighbour of a point is the point itself.
-    distances, _ = cKDTree(points).query(points, k=neighbours + 1)
-    spacing = np.log(np.maximum(distances[:, 1:].mean(1), np.finfo(np.float64).tiny))
-    middle = np.median(spacing)
-    spread = 1.4826 * np.median(np.abs(spacing - middle))
-    keep[chosen] = spacing <= middle + np.maximum(ratio * spread, math.log(SLANTED))
-    return keep
+TOGETHER = 16
+"""Directions and planes to which all points are compared at a time, so that the results stay in the cache."""
 
 
 def fit_box(points_N3: np.ndarray, min_extent: float = 1e-3) -> OrientedBox:
@@ -127,7 +104,7 @@ def fit_box(points_N3: np.ndarray, min_extent: float = 1e-3) -> OrientedBox:
     hull = _hull(points - middle, min_extent)
     axes, extents = _candidates(hull, min_extent)
     best = canonical_axes(torch.from_numpy(_best(axes, extents, hull.vertices, points - middle)))
-    local = hull.points @ best.numpy()
+    local = (points - middle) @ best.numpy()
     low, high = local.min(0), local.max(0)
     centre = middle + best.numpy() @ (low + high) / 2
     return OrientedBox(
@@ -141,16 +118,16 @@ class _Hull(NamedTuple):
     """A convex hull.
 
     Attributes:
-        points: (P, 3) its vertices.
-        vertices: (V, 3) those that the search looks at.
+        vertices: (V, 3) its vertices.
         normals: (F, 3) outward unit normals of the triangles between them.
-        edges: (E, 3) edges of the triangles.
+        areas: (F,) of the triangles.
+        edges: (E, 2, 3) ends of the triangles' edges.
         sides: (E, 2) the two triangles of each edge.
     """
 
-    points: np.ndarray
     vertices: np.ndarray
     normals: np.ndarray
+    areas: np.ndarray
     edges: np.ndarray
     sides: np.ndarray
 
@@ -159,47 +136,91 @@ def _hull(points: np.ndarray, min_extent: float) -> _Hull:
     from scipy.spatial import ConvexHull, QhullError
 
     try:
-        hull = ConvexHull(points)
+        hull = _hull_of_many(points) if len(points) > MANY else ConvexHull(points)
     except QhullError:
         # Points on a plane, a line or one point: thickened by a hair along their thin directions.
         hull = ConvexHull(_thickened(points, 1e-3 * min_extent))
-    outer = hull.points[hull.vertices]
-    if len(outer) > MAX_HULL:
-        hull = ConvexHull(_extremes(outer))
+    if len(hull.vertices) > MAX_HULL:
+        hull = ConvexHull(hull.points[_extremes(hull.points, DIRECTIONS)])
     corners = hull.points[hull.simplices]
     # Triangle i's neighbour k is opposite its corner k; each edge is taken from the triangle of lower number.
     triangle, corner = np.nonzero(hull.neighbors > np.arange(len(corners))[:, None])
-    edges = corners[triangle, (corner + 1) % 3] - corners[triangle, (corner + 2) % 3]
+    edges = np.stack([corners[triangle, (corner + 1) % 3], corners[triangle, (corner + 2) % 3]], axis=1)
     sides = np.stack([triangle, hull.neighbors[triangle, corner]], axis=1)
-    return _Hull(outer, hull.points[hull.vertices], hull.equations[:, :3], edges, sides)
+    spans = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    areas = np.linalg.norm(spans, axis=-1) / 2
+    return _Hull(hull.points[hull.vertices], hull.equations[:, :3], areas, edges, sides)
+
+
+def _hull_of_many(points: np.ndarray) -> ConvexHull:
+    """Return the hull of points, or of those extreme in `DIRECTIONS` if that has more than `MAX_HULL` vertices.
+
+    What is inside the hull of a few extreme points is left out before more are sought.
+    """
+    from scipy.spatial import ConvexHull
+
+    margin = NEGLIGIBLE * float(np.abs(points).max())
+    for directions in (*FEW_DIRECTIONS, DIRECTIONS):
+        extreme = _extremes(points, directions)
+        hull = ConvexHull(points[extreme])
+        if len(hull.vertices) > MAX_HULL:
+            return hull
+        outside = _heights(points, hull.equations) > margin
+        outside[extreme] = True
+        points = points[outside]
+    return ConvexHull(points)
 
 
 def _candidates(hull: _Hull, min_extent: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the frames (M, 3, 3), axes in columns, of all boxes that lie on a face and an outline's edge.
+    """Return the frames (M, 3, 3), axes in columns, of boxes that lie on a face and an outline's edge.
 
-    Also their extents (M, 3), at least `min_extent`.
+    Those of at most `ALMOST_SMALLEST` times the least volume are all among them: no box on a face is smaller than
+    the prism over its shadow, and faces are gone through in the order of their prisms. Also extents (M, 3), at
+    least `min_extent`.
     """
     facing = hull.normals @ hull.normals.T
+    heights = np.maximum(np.ptp(hull.normals @ hull.vertices.T, axis=1), min_extent)
+    prisms = heights * (np.abs(facing) @ hull.areas) / 2
     first, second = facing[:, hull.sides[:, 0]], facing[:, hull.sides[:, 1]]
     # An edge is on the outline of the shadow if one of its faces looks towards the light and the other away.
     outline = (np.minimum(first, second) <= EDGE_ON) & (np.maximum(first, second) >= -EDGE_ON)
-    face, edge = np.nonzero(outline)
-    normal = hull.normals[face]
-    along = hull.edges[edge]
-    along = along - (along * normal).sum(-1, keepdims=True) * normal
-    length = np.linalg.norm(along, axis=-1)
-    usable = length > EDGE_ON * np.linalg.norm(hull.edges, axis=-1).max()
-    along, normal, face = along[usable] / length[usable, None], normal[usable], face[usable]
-    across = np.cross(normal, along)
-    heights = hull.normals @ hull.vertices.T
-    extents = np.empty((len(face), 3))
-    extents[:, 2] = np.ptp(heights, axis=1)[face]
-    step = max(CHUNK // len(hull.vertices), 1)
-    for start in range(0, len(face), step):
-        rows = slice(start, start + step)
-        extents[rows, 0] = np.ptp(along[rows] @ hull.vertices.T, axis=1)
-        extents[rows, 1] = np.ptp(across[rows] @ hull.vertices.T, axis=1)
-    return np.stack([along, across, normal], axis=-1), np.maximum(extents, min_extent)
+    order, best = np.argsort(prisms, kind="stable"), math.inf
+    found = []
+    for start in range(0, len(order), FACES):
+        faces = order[start : start + FACES]
+        faces = faces[prisms[faces] <= ALMOST_SMALLEST * best]
+        if not len(faces):
+            break
+        axes, extents = _boxes_on(hull, faces, outline[faces], heights[faces], min_extent)
+        best = min(best, float(extents.prod(-1).min(initial=math.inf)))
+        found.append((axes, extents))
+    return np.concatenate([axes for axes, _ in found]), np.concatenate([extents for _, extents in found])
+
+
+def _boxes_on(
+    hull: _Hull, faces: np.ndarray, outline: np.ndarray, heights: np.ndarray, min_extent: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return frames and extents of the boxes on faces (G,) and the edges of their outlines, bool (G, E)."""
+    counts = outline.sum(1)
+    # Each row has the edges of an outline, and after them its first edge again and again.
+    places = np.arange(counts.max())
+    edges = np.argsort(~outline, axis=1, kind="stable")[:, : len(places)]
+    used = places < counts[:, None]
+    edges = np.where(used, edges, edges[:, :1])
+    ends = hull.edges[edges]
+    normals = hull.normals[faces][:, None]
+    along = ends[:, :, 0] - ends[:, :, 1]
+    along = along - (along * normals).sum(-1, keepdims=True) * normals
+    length = np.linalg.norm(along, axis=-1, keepdims=True)
+    used &= length[..., 0] > EDGE_ON * np.abs(hull.vertices).max()
+    along = along / np.where(length > 0, length, 1)
+    across = np.cross(normals, along)
+    # The outline's own vertices are the farthest in any direction along the face.
+    outer = ends.transpose(0, 3, 1, 2).reshape(len(faces), 3, -1)
+    axes = np.stack([along, across, np.broadcast_to(normals, along.shape)], axis=-1)
+    extents = [np.ptp(along @ outer, axis=-1), np.ptp(across @ outer, axis=-1)]
+    extents.append(np.broadcast_to(heights[:, None], used.shape))
+    return axes[used], np.maximum(np.stack(extents, axis=-1)[used], min_extent)
 
 
 def _best(axes: np.ndarray, extents: np.ndarray, hull: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -212,13 +233,13 @@ def _best(axes: np.ndarray, extents: np.ndarray, hull: np.ndarray, points: np.nd
     different = np.sort(_first_of_each(upright.numpy()))[:CANDIDATES]
     chosen, upright = chosen[different], upright[torch.from_numpy(different)]
     axes, extents, volumes = axes[chosen], extents[chosen], volumes[chosen]
-    points = points[np.linspace(0, len(points) - 1, min(len(points), SUPPORT_POINTS)).astype(np.int64)]
-    # Local coordinates (M, 3, S) and, per axis, the distance from the nearer of the two faces across it.
-    frames = axes.transpose(0, 2, 1)
-    local, outer = frames @ points.T, frames @ hull.T
-    middle = (outer.min(-1) + outer.max(-1)) / 2
-    depth = extents[..., None] / 2 - np.abs(local - middle[..., None])
-    support = np.abs(depth).min(1).mean(-1) / np.cbrt(volumes)
+    points = points[evenly(len(points), min(len(points), SUPPORT_POINTS))]
+    # Local coordinates (3M, S) and, per axis, the distance from the nearer of the two faces across it.
+    frames = axes.transpose(0, 2, 1).reshape(-1, 3).astype(np.float32)
+    local, outer = frames @ points.T.astype(np.float32), frames @ hull.T.astype(np.float32)
+    local -= ((outer.min(-1) + outer.max(-1)) / 2)[:, None]
+    depth = np.abs(np.abs(local) - extents.reshape(-1, 1).astype(np.float32) / 2)
+    support = depth.reshape(len(axes), 3, -1).min(1).mean(-1) / np.cbrt(volumes)
     alignment = (upright * reference_axes(upright)).sum((-1, -2)).numpy()
     return axes[(np.log(volumes) + support - UPRIGHT * alignment).argmin()]
 
@@ -239,11 +260,29 @@ def _thickened(points: np.ndarray, thickness: float) -> np.ndarray:
     return np.concatenate(shifts)
 
 
-def _extremes(vertices: np.ndarray) -> np.ndarray:
-    """Return the hull vertices that are farthest in one of many directions (a Fibonacci lattice)."""
-    index = np.arange(DIRECTIONS)
-    height = 1 - (2 * index + 1) / DIRECTIONS
+def _extremes(points: np.ndarray, directions: int) -> np.ndarray:
+    """Return the numbers of the points that are farthest in one of so many directions."""
+    points_3N = points.T.astype(np.float32)
+    wanted = _lattice(directions).astype(np.float32)
+    parts = range(0, directions, TOGETHER)
+    return np.unique(np.concatenate([(wanted[part : part + TOGETHER] @ points_3N).argmax(1) for part in parts]))
+
+
+def _heights(points: np.ndarray, facets: np.ndarray) -> np.ndarray:
+    """Return how far points (N, 3) are above the highest of the planes (F, 4) normal . p + offset = 0."""
+    points_3N, planes = points.T.astype(np.float32), facets.astype(np.float32)
+    highest = np.full(len(points), -np.inf, np.float32)
+    for part in range(0, len(planes), TOGETHER):
+        some = planes[part : part + TOGETHER]
+        np.maximum(highest, (some[:, :3] @ points_3N + some[:, 3:]).max(0), out=highest)
+    return highest
+
+
+@cache
+def _lattice(count: int) -> np.ndarray:
+    """Return directions (count, 3) spread evenly over the sphere (a Fibonacci lattice)."""
+    index = np.arange(count)
+    height = 1 - (2 * index + 1) / count
     turn = index * math.pi * (3 - math.sqrt(5))
     radius = np.sqrt(1 - height**2)
-    directions = np.stack([radius * np.cos(turn), radius * np.sin(turn), height], axis=1)
-    return vertices[np.unique((directions @ vertices.T).argmax(1))]
+    return np.stack([radius * np.cos(turn), radius * np.sin(turn), height], axis=1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spear_lightning.geometry.box_fit import inliers
+from spear_lightning.geometry.outliers import evenly, inliers
 from spear_lightning.labeling.object_surface import smooth_surface
 
 SPECKLE = 0.006
@@ -49,24 +49,27 @@ def object_points(points_HW3: np.ndarray, mask_HW: np.ndarray, recipe: BoxRecipe
 
     Also (B, 3) points on the mask's outline, to which the surface was continued; none without smoothing.
     """
-    depth_HW = points_HW3[..., 2]
-    valid_HW = mask_HW & np.isfinite(points_HW3).all(-1) & (depth_HW > 0)
     rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    if not valid_HW.any():
+    if not len(rows):
         return np.zeros((0, 3)), np.zeros((0, 3))
     # All that follows looks at the mask's bounds alone.
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    keep_HW = _inner(mask_HW[part], valid_HW[part], depth_HW[part], recipe)
-    points = points_HW3[part][keep_HW].astype(np.float64)
+    points_HW3, mask_HW = points_HW3[part], mask_HW[part]
+    depth_HW = points_HW3[..., 2]
+    valid_HW = mask_HW & np.isfinite(points_HW3).all(-1) & (depth_HW > 0)
+    if not valid_HW.any():
+        return np.zeros((0, 3)), np.zeros((0, 3))
+    keep_HW = _inner(mask_HW, valid_HW, depth_HW, recipe)
+    points = points_HW3[keep_HW].astype(np.float64)
     if recipe.ratio is not None:
         dense = inliers(points, recipe.neighbours, recipe.ratio, recipe.max_points)
         keep_HW[keep_HW] = dense
         points = points[dense]
     elif len(points) > recipe.max_points:
-        points = points[_evenly(len(points), recipe.max_points)]
+        points = points[evenly(len(points), recipe.max_points)]
     if recipe.smoothing == 0 or len(points) < recipe.min_points:
         return points, np.zeros((0, 3))
-    return smooth_surface(points_HW3[part], mask_HW[part], keep_HW, recipe.smoothing, recipe.erosion)
+    return smooth_surface(points_HW3, mask_HW, keep_HW, recipe.smoothing, recipe.erosion)
 
 
 def _inner(mask_HW: np.ndarray, valid_HW: np.ndarray, depth_HW: np.ndarray, recipe: BoxRecipe) -> np.ndarray:
@@ -101,7 +104,3 @@ def _speckles(depth_HW: np.ndarray, known_HW: np.ndarray, ratio: float) -> np.nd
     difference_HW = np.abs(filled_HW / ndimage.median_filter(filled_HW, 3) - 1)
     spread = 1.4826 * float(np.median(difference_HW[known_HW]))
     return known_HW & (difference_HW > np.maximum(SPECKLE, 1.5 * ratio * spread))
-
-
-def _evenly(count: int, wanted: int) -> np.ndarray:
-    return np.linspace(0, count - 1, wanted).astype(np.int64)

@@ -103,51 +103,69 @@ def _fits(inverse_HW: np.ndarray, keep_HW: np.ndarray, half_window: int) -> _Fit
 
     Where even these do not agree, that is no noise but an edge, and the value stays as it is.
     """
-    wide, misfit_HW = _fit(inverse_HW, keep_HW, half_window)
-    narrow, narrow_misfit_HW = _fit(inverse_HW, keep_HW, 1)
-    limit = CREASE * float(np.median(misfit_HW[keep_HW])) + 1e-14
-    crease_HW, edge_HW = misfit_HW > limit, narrow_misfit_HW > limit
-    return _Fits(
-        np.where(crease_HW, np.where(edge_HW, inverse_HW, narrow.value), wide.value),
-        np.where(crease_HW, narrow.along_u, wide.along_u),
-        np.where(crease_HW, narrow.along_v, wide.along_v),
-    )
-
-
-def _fit(inverse_HW: np.ndarray, keep_HW: np.ndarray, half: int) -> tuple[_Fits, np.ndarray]:
-    """Fit an affine function around each kept pixel; return it and the mean squared misfit, relative."""
-    from scipy import ndimage
-
-    offsets = np.arange(-half, half + 1, dtype=np.float64)
-    powers = [np.ones_like(offsets), offsets, offsets**2]
-
-    def moment(values_HW: np.ndarray, u: int, v: int) -> np.ndarray:
-        part = ndimage.correlate1d(values_HW, powers[u], axis=1, mode="constant")
-        return ndimage.correlate1d(part, powers[v], axis=0, mode="constant")
-
-    weight_HW = keep_HW.astype(np.float64)
     # Relative to the mean, so that squares lose no digits.
     level = float(inverse_HW[keep_HW].mean())
     values_HW = np.where(keep_HW, inverse_HW / level - 1, 0.0)
-    count = moment(weight_HW, 0, 0)
-    normal = [[moment(weight_HW, i[0] + j[0], i[1] + j[1]) for j in _AFFINE] for i in _AFFINE]
-    right = [moment(values_HW, *i) for i in _AFFINE]
-    matrix_HW33 = np.stack([np.stack(row, axis=-1) for row in normal], axis=-2)
-    right_HW3 = np.stack(right, axis=-1)
-    usable_HW = (count >= FEWEST) & (np.linalg.det(matrix_HW33) > 1e-6 * count**3)
-    matrix_HW33[~usable_HW] = np.eye(3)
-    solved_HW3 = np.linalg.solve(matrix_HW33, right_HW3[..., None])[..., 0]
-    solved_HW3[~usable_HW] = 0
+    kept = np.flatnonzero(keep_HW)
+    fit, misfit = _fit(values_HW, keep_HW, half_window, kept)
+    limit = CREASE * float(np.median(misfit)) + 1e-14
+    (crease,) = np.nonzero(misfit > limit)
+    if len(crease):
+        narrow, narrow_misfit = _fit(values_HW, keep_HW, 1, kept[crease])
+        narrow[0] = np.where(narrow_misfit > limit, values_HW.ravel()[kept[crease]], narrow[0])
+        fit[:, crease] = narrow
+    fit_3HW = np.zeros((3, *keep_HW.shape))
+    fit_3HW[:, keep_HW] = level * fit
+    fit_3HW[0, keep_HW] += level
+    return _Fits(*fit_3HW)
+
+
+def _fit(
+    values_HW: np.ndarray, keep_HW: np.ndarray, half: int, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fit an affine function around wanted pixels (N,), numbered row by row, to the kept ones; others are zero.
+
+    Returns:
+        (3, N) value, slope along u and v; and the mean squared misfit (N,).
+    """
+    weights = _moments(keep_HW.astype(np.float64), half, wanted, 2)
+    count, sum_u, sum_v = weights[0, 0], weights[1, 0], weights[0, 1]
+    firsts = _moments(values_HW, half, wanted, 1)
+    right = np.stack([firsts[0, 0], firsts[1, 0], firsts[0, 1]])
+    # Normal equations with the mean taken out: two by two.
+    usable = count >= FEWEST
+    share = 1 / np.maximum(count, 1)
+    uu = weights[2, 0] - sum_u * sum_u * share
+    vv = weights[0, 2] - sum_v * sum_v * share
+    uv = weights[1, 1] - sum_u * sum_v * share
+    determinant = uu * vv - uv * uv
+    usable &= determinant > 1e-6 * count * count
+    mean = right[0] * share
+    right_u, right_v = right[1] - sum_u * mean, right[2] - sum_v * mean
+    inverse = usable / np.where(usable, determinant, 1)
+    along_u = (vv * right_u - uv * right_v) * inverse
+    along_v = (uu * right_v - uv * right_u) * inverse
     # Too few around it: the pixel stays as it is.
-    solved_HW3[..., 0] = np.where(usable_HW, solved_HW3[..., 0], values_HW)
-    squares_HW = moment(values_HW**2, 0, 0) - (solved_HW3 * right_HW3).sum(-1)
-    misfit_HW = np.where(usable_HW, np.maximum(squares_HW, 0) / np.maximum(count, 1), 0.0)
-    value, along_u, along_v = np.moveaxis(solved_HW3, -1, 0)
-    return _Fits(level * (1 + value), level * along_u, level * along_v), misfit_HW
+    value = np.where(usable, mean - (along_u * sum_u + along_v * sum_v) * share, values_HW.ravel()[wanted])
+    fit = np.stack([value, along_u, along_v])
+    squares = _moments(values_HW**2, half, wanted, 0)[0, 0] - (fit * right).sum(0)
+    return fit, np.where(usable, np.maximum(squares, 0) * share, 0.0)
 
 
-_AFFINE = ((0, 0), (1, 0), (0, 1))
-"""Powers of (du, dv) of the three terms."""
+def _moments(
+    values_HW: np.ndarray, half: int, wanted: np.ndarray, order: int
+) -> dict[tuple[int, int], np.ndarray]:
+    """Return the sums of values x du^i dv^j, i + j <= order, over a window around each wanted pixel."""
+    from scipy import ndimage
+
+    offsets = np.arange(-half, half + 1, dtype=np.float64)
+    sums = {}
+    for i in range(order + 1):
+        part_HW = ndimage.correlate1d(values_HW, offsets**i, axis=1, mode="constant")
+        for j in range(order + 1 - i):
+            both_HW = ndimage.correlate1d(part_HW, offsets**j, axis=0, mode="constant")
+            sums[i, j] = both_HW.ravel()[wanted]
+    return sums
 
 
 def _border(mask_HW: np.ndarray) -> np.ndarray:
@@ -160,13 +178,24 @@ def _border(mask_HW: np.ndarray) -> np.ndarray:
 def _continued(
     fit: _Fits, keep_HW: np.ndarray, rows: np.ndarray, columns: np.ndarray, reach: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1 / depth of the surface continued to pixels (B,), and which of them have a kept one within reach."""
-    from scipy import ndimage
+    """Return 1 / depth of the surface continued to pixels (B,), and which of them have a kept one within reach.
 
-    kept = ndimage.distance_transform_edt(~keep_HW, return_distances=False, return_indices=True)
-    near_row, near_column = kept[:, rows, columns]
-    down, right = rows - near_row, columns - near_column
-    value = fit.value[near_row, near_column]
-    change = fit.along_u[near_row, near_column] * right + fit.along_v[near_row, near_column] * down
-    inverse = value + np.clip(change, -MOST_CHANGE * value, MOST_CHANGE * value)
-    return inverse, np.maximum(np.abs(down), np.abs(right)) <= reach
+    It is continued from the nearest kept pixel.
+    """
+    padded_HW = np.pad(keep_HW, reach)
+    inverse, close = np.full(len(rows), np.nan), np.zeros(len(rows), bool)
+    steps = sorted(
+        ((down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)), key=_length
+    )
+    for down, right in steps:
+        (found,) = np.nonzero(~close & padded_HW[rows - down + reach, columns - right + reach])
+        near = rows[found] - down, columns[found] - right
+        value = fit.value[near]
+        change = fit.along_u[near] * right + fit.along_v[near] * down
+        inverse[found] = value + np.clip(change, -MOST_CHANGE * value, MOST_CHANGE * value)
+        close[found] = True
+    return inverse, close
+
+
+def _length(step: tuple[int, int]) -> int:
+    return step[0] ** 2 + step[1] ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,19 @@ def test_an_image_without_objects_has_a_label_too(tmp_path: Path) -> None:
     assert found["empty.jpg"].objects == ()
     assert len(found["empty.jpg"].pixels) == 64
     assert len(found["full.jpg"].objects) == 2
+
+
+def test_a_name_that_is_no_text_costs_its_own_image_alone(tmp_path: Path) -> None:
+    latin = os.fsdecode("caf\u00e9.jpg".encode("latin-1"))
+    write_images(tmp_path / "images", ["a.jpg", latin, "z.jpg"])
+    detector = Quadrants()
+    tally = cheap_run(tmp_path / "images", tmp_path / "labels", detector).run(ALONE)
+    assert (tally.labelled, tally.failed) == (2, 1)
+    assert {label.image_id for label in LabelStore(tmp_path / "labels")} == {"a.jpg", "z.jpg"}
+    assert sorted(detector.seen) == ["a.jpg", "z.jpg"]
+    (failure,) = LabelFolder(tmp_path / "labels").failures().values()
+    assert (failure.image_id, failure.step) == (latin, "read")
+    assert cheap_run(tmp_path / "images", tmp_path / "labels", Quadrants()).run(ALONE).images == 0
 
 
 def test_detections_that_become_no_object_are_kept_in_mind(images: Path, tmp_path: Path) -> None:

@@ -183,8 +183,21 @@ class LabelingRun:
     def _read(self, todo: Sequence[ImageRef]) -> Iterator[ImageJob]:
         for ref in todo:
             job = ImageJob(ref)
-            attempt("read", [job], lambda jobs: [self.source.read(jobs[0].ref)], _set_data)
+            attempt("read", [job], lambda jobs: [self._bytes(jobs[0].ref)], _set_data)
             yield job
+
+    def _bytes(self, ref: ImageRef) -> bytes:
+        try:
+            ref.image_id.encode()
+        except UnicodeEncodeError as error:
+            # Parquet would refuse the whole shard, after all that was paid for it.
+            raise DataError(
+                "No label can hold the name of an image: it is no UTF-8",
+                where=self.source.name,
+                found=ascii(ref.image_id),
+                remedy="rename the file",
+            ) from error
+        return self.source.read(ref)
 
     def _stages(self, pool: BoxPool, retried: Collection[str]) -> list[Stage[ImageJob]]:
         def detect(jobs: list[ImageJob]) -> list[Detections | SpearError]:

@@ -16,13 +16,20 @@ from spear_lightning.batches import RobotBatch
 from spear_lightning.robot_data.data_check import DatasetFindings, MixtureFindings
 
 _STYLE = """
-body {font: 14px/1.4 sans-serif; margin: 2em; max-width: 75em}
-table {border-collapse: collapse; margin: 1em 0}
-td, th {border-bottom: 1px solid #ccc; padding: .2em .7em; text-align: right}
-td:first-child, th:first-child {text-align: left}
-figure {display: inline-block; margin: .3em 1em .3em 0; vertical-align: top; max-width: 30em}
-figcaption {font-size: 12px; color: #444}
-pre {white-space: pre-wrap; background: #fff3e0; padding: .5em}
+:root {color-scheme: light dark; --ink: #111; --quiet: #57606a; --line: #d0d7de; --warn: #fff3e0}
+@media (prefers-color-scheme: dark) {
+  :root {--ink: #e6edf3; --quiet: #9198a1; --line: #3d444d; --warn: #4a3410}
+  body {background: #0d1117}
+}
+body {font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: var(--ink)}
+h1 {font-size: 1.5em; overflow-wrap: anywhere} h2 {font-size: 1.15em; overflow-wrap: anywhere}
+table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto}
+td, th {border-bottom: 1px solid var(--line); padding: .2em .7em; text-align: right; white-space: nowrap}
+td:first-child, th:first-child {text-align: left; padding-left: 0}
+figure {display: inline-block; margin: .3em 1em .8em 0; vertical-align: top; width: 26em; max-width: 100%}
+figure img {height: 10em; max-width: 60%; object-fit: contain; margin-right: .3em}
+figcaption {font-size: 12px; color: var(--quiet)}
+pre {white-space: pre-wrap; background: var(--warn); padding: .5em}
 """
 
 _COLUMNS = ("data set", "episodes", "frames", "Hz", "share", "outside 1-99 %", "clipped", "worded", "problems")
@@ -102,12 +109,13 @@ def write_report(path: Path, findings: MixtureFindings, title: str) -> None:
         body += [f"<pre>{html.escape(problem)}</pre>" for problem in each.problems]
         body += _figures(each.examples) if each.examples is not None else []
     page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><body>{''.join(body)}</body></html>"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page)
+    temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -21,6 +21,7 @@ VERBS = {
     ),
     "eval": ("success rates in closed loop:  spear eval --checkpoint FILE", "evaluation.commands"),
     "label": ("make 3D labels of images:  spear label --images FOLDER", "labeling.commands"),
+    "plan": ("memory and days of an experiment on some GPUs", "planning.commands"),
     "demo": ("show, train and try a small policy in the embedded world", "training.demo"),
 }
 """Verb -> what it does, and the module whose `main(arguments) -> int` does it."""

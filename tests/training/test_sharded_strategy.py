@@ -24,6 +24,7 @@ from spear_lightning.training.checkpoint_files import newest_checkpoint
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWIN = REPOSITORY / "tests" / "conf" / "vla.yaml"
 OVERLAY = REPOSITORY / "experiments" / "parallel" / "sharded.yaml"
+RECOMPUTE = REPOSITORY / "experiments" / "parallel" / "recompute.yaml"
 SCRIPT = REPOSITORY / "tests" / "training" / "sharded_run.py"
 
 pytestmark = pytest.mark.slow
@@ -50,13 +51,13 @@ def finished(process: subprocess.Popen[bytes], result: Path) -> dict[int, float]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, and two which divide the weights: the same experiment twice."""
+    """One process, and two which divide the weights and recompute blocks: the same experiment twice."""
     folder = tmp_path_factory.mktemp("sharded")
     data = folder / "data"
     data.mkdir()
     write_demo_episodes(data, episodes=10, steps=8, height=32, width=48)
     one = started(0, folder / "one.json", folder / "one", data)
-    two = started(2, folder / "two.json", folder / "two", data)
+    two = started(2, folder / "two.json", folder / "two", data, f"--config={RECOMPUTE}")
     finished(one, folder / "one.json")
     finished(two, folder / "two.json")
     return folder

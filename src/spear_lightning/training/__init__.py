@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spear_lightning.training.activation_checkpointing import ActivationCheckpointing
     from spear_lightning.training.box_pictures import BoxPictures
     from spear_lightning.training.checkpoint_files import RunCheckpoint
     from spear_lightning.training.closed_loop import ClosedLoopEvaluation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.vlm_module import VLMModule
 
 _HOMES = {
+    "ActivationCheckpointing": "activation_checkpointing",
     "BoxPictures": "box_pictures",
     "ClosedLoopEvaluation": "closed_loop",
     "ConstantMeanBaseline": "constant_mean_baseline",
@@ -53,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationCheckpointing",
     "BoxPictures",
     "ClosedLoopEvaluation",
     "ConstantMeanBaseline",

@@ -1,0 +1,161 @@
+"""Read an experiment without its data: the network without memory, what trains, how the work is divided."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.training.activation_checkpointing import chosen_blocks
+from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.freeze_plan import FreezePlan, Phase
+from spear_lightning.training.meta_construction import build_networks_on_meta
+from spear_lightning.training.optimizer import everything
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a plan is made from.
+
+    Attributes:
+        module: The training module, its network on the meta device.
+        phases: Phase name -> names of the parameters that train, relative to the module's `components`.
+        starts: Phase name -> optimizer step at which it begins.
+        cameras: Camera name -> size.
+        horizon: Actions in a chunk; 0 for a VLM.
+        batch_size: Samples of an optimizer step, over all processes.
+        max_steps: Optimizer steps.
+        sharded: Whether weights and state are divided among processes.
+        shard_size: Processes among which one copy is divided; `None` for all.
+        regathers: Whether the backward pass gathers the weights of a block again.
+        averaged: Whether averages of the weights are kept beside them.
+        mixed: Whether products are computed in bfloat16 from float32 weights.
+        compiled: Whether blocks are compiled.
+        recomputed: Names of the blocks that the backward pass computes again.
+        fused: Whether the optimizer is one kernel.
+    """
+
+    module: SpearModule
+    phases: dict[str, frozenset[str]]
+    starts: dict[str, int]
+    cameras: dict[str, CameraSpec]
+    horizon: int
+    batch_size: int
+    max_steps: int
+    sharded: bool
+    shard_size: int | None
+    regathers: bool
+    averaged: bool
+    mixed: bool
+    compiled: bool
+    recomputed: frozenset[str]
+    fused: bool
+
+
+def read_experiment(paths: Sequence[str | Path]) -> Experiment:
+    """Read configurations, later ones over earlier ones, and build the network on the meta device.
+
+    Raises:
+        ConfigError: If a file is missing, or something that a plan needs is.
+    """
+    config: dict[str, Any] = {}
+    for path in paths:
+        try:
+            config = merged(config, yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {})
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigError("The configuration cannot be read", where=path, found=error) from error
+    for section in ("model", "data", "trainer"):
+        if section not in config:
+            raise ConfigError("A plan needs a whole experiment", where=section, found="nothing")
+    module = build_module(config["model"])
+    data, trainer = config["data"].get("init_args", {}), config["trainer"]
+    callbacks = {str(item["class_path"]).rsplit(".", 1)[-1]: item for item in trainer.get("callbacks") or []}
+    phases, starts = _phases(module, callbacks.get("FreezeSchedule"))
+    strategy = trainer.get("strategy", "auto")
+    options = strategy.get("init_args", {}) if isinstance(strategy, Mapping) else {}
+    average = callbacks.get("ExponentialMovingAverage")
+    return Experiment(
+        module=module,
+        phases=phases,
+        starts=starts,
+        cameras={name: CameraSpec(**camera) for name, camera in data.get("cameras", {}).items()},
+        horizon=data.get("chunks", {}).get("horizon", 5) if hasattr(module, "policy") else 0,
+        batch_size=data.get("batch_size", 1),
+        max_steps=trainer.get("max_steps", -1),
+        sharded=isinstance(strategy, Mapping) and str(strategy["class_path"]).endswith("ShardedStrategy"),
+        shard_size=options.get("shard_size"),
+        regathers=options.get("reshard_after_forward", True),
+        averaged=average is not None and average.get("init_args", {}).get("on_device", True),
+        mixed=str(trainer.get("precision", "32-true")).startswith("bf16"),
+        compiled="RegionalCompile" in callbacks,
+        recomputed=_recomputed(module, callbacks.get("ActivationCheckpointing")),
+        fused=bool(module.recipe.fused),
+    )
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay a configuration over another, as the command line does: mappings key by key, all else as a whole.
+
+    A list under a key that ends in `+` is added to the one that is there.
+    """
+    result = dict(base)
+    for key, value in change.items():
+        if key.endswith("+"):
+            result[key[:-1]] = [*(result.get(key[:-1]) or []), *value]
+            continue
+        old = result.get(key)
+        other_class = isinstance(value, Mapping) and "class_path" in value and isinstance(old, Mapping)
+        if other_class and isinstance(old, Mapping) and old.get("class_path") != value["class_path"]:
+            old = None
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def build_module(config: Mapping[str, Any]) -> SpearModule:
+    """Build a training module from its configuration, without memory and without a network.
+
+    Raises:
+        ConfigError: If the configuration cannot be built.
+    """
+    wanted = copy.deepcopy(dict(config))
+    for part in ("policy", "answerer"):
+        inner = wanted.get("init_args", {}).get(part, {}).get("init_args", {})
+        if "prompt" in inner:
+            # A real tokenizer would be downloaded; sizes do not depend on it.
+            inner["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
+    parser = ArgumentParser(exit_on_error=False)
+    build_networks_on_meta(parser)
+    parser.add_subclass_arguments(SpearModule, "model", required=True)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": wanted})).model
+    except Exception as error:
+        raise ConfigError("The model cannot be built", where="model", found=error) from error
+
+
+def _recomputed(module: SpearModule, callback: Mapping[str, Any] | None) -> frozenset[str]:
+    if callback is None:
+        return frozenset()
+    return frozenset(chosen_blocks(module.components, callback.get("init_args", {}).get("blocks")))
+
+
+def _phases(
+    module: SpearModule, schedule: Mapping[str, Any] | None
+) -> tuple[dict[str, frozenset[str]], dict[str, int]]:
+    if schedule is None:
+        return {"all": frozenset(everything(module).parameters)}, {"all": 0}
+    phases = [Phase(**values) for values in schedule["init_args"]["phases"]]
+    plan = FreezePlan(phases, module.components, module.unused_parameters())
+    trained = {
+        phase.name: frozenset(
+            name for component in plan.components(module.components, index) for name in component.parameters
+        )
+        for index, phase in enumerate(phases)
+    }
+    return trained, {phase.name: phase.start for phase in phases}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,40 @@ def test_frames_do_not_depend_on_the_order_they_are_read_in(video_folder: Path) 
     source = VideoFrames(str(video_folder))
     for number in np.random.default_rng(0).permutation(len(refs)).tolist():
         assert source.read(refs[number]) == expected[refs[number].image_id]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ((0, 1, -1, 0), lambda stored: stored.transpose(1, 0, 2)[:, ::-1]),
+        ((-1, 0, 0, -1), lambda stored: stored[::-1, ::-1]),
+        ((0, -1, 1, 0), lambda stored: stored.transpose(1, 0, 2)[::-1]),
+    ],
+)
+def test_a_video_is_upright(
+    matrix: tuple[int, ...], turned: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    """A track has QuickTime's matrix a, b, c, d: pixel (x, y) is shown at (a x + c y, b x + d y), shifted."""
+    av = pytest.importorskip("av")
+    stored = np.zeros((48, 64, 3), np.uint8)
+    stored[:24, :32, 0] = stored[24:, 32:, 2] = 240
+    path = tmp_path / "take.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+        container.mux(stream.encode())
+    a, b, c, d = (number << 16 for number in matrix)
+    written, one = path.read_bytes(), 1 << 16
+    start = written.index(struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30), written.index(b"tkhd"))
+    path.write_bytes(written[:start] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + written[start + 36 :])
+    source = VideoFrames(str(tmp_path))
+    shown = simplejpeg.decode_jpeg(source.read(next(source.refs()))).astype(int)
+    expected = turned(stored)
+    assert shown.shape == expected.shape
+    # Edges blur: colours are stored at half the resolution.
+    assert np.abs(shown - expected).mean() < 12
 
 
 def test_a_broken_video_is_an_error(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ class VideoFrames(ImageSource):
     """Frames of the video files of a folder and the folders in it.
 
     Image ids are "PATH@MILLISECONDSms", so that a frame has the same id at whatever rate it was sampled: it is the
-    one that is shown at that time. Frames are kept as JPEG, and labels hold for these.
+    one that is shown at that time. Frames are turned upright if the video says how it was taken, and kept as JPEG;
+    labels hold for these.
 
     Args:
         folder: Where the videos are.
@@ -121,7 +122,9 @@ class _OpenVideo:
             ) from error
         if self._shown is None:
             raise DataError("A video has no frame at this time", where=f"{self.path}, {time_s:.3f} s")
-        return np.ascontiguousarray(self._shown.to_ndarray(format="rgb24"))
+        image_HW3 = self._shown.to_ndarray(format="rgb24")
+        # Degrees counterclockwise, as numpy turns.
+        return np.ascontiguousarray(np.rot90(image_HW3, round(self._shown.rotation / 90)))
 
     def _go_to(self, time_s: float) -> None:
         shown_s = self._time(self._shown)

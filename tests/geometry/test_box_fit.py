@@ -10,10 +10,10 @@ import torch
 
 from spear_lightning.errors import DataError
 from spear_lightning.geometry import quaternions
-from spear_lightning.geometry.box_fit import fit_box
+from spear_lightning.geometry.box_fit import MAX_HULL, _candidates, _hull, _hull_of_many, fit_box
 from spear_lightning.geometry.box_iou import box_iou
 from spear_lightning.geometry.oriented_boxes import OrientedBox
-from spear_lightning.geometry.outliers import inliers
+from spear_lightning.geometry.outliers import SAMPLED, SLANTED, inliers
 
 EXTENTS = torch.tensor([0.3, 0.2, 0.1], dtype=torch.float64)
 
@@ -126,6 +126,57 @@ def test_outliers_go_and_a_noisy_slanted_surface_stays() -> None:
     u, v = np.meshgrid(np.linspace(-0.5, 0.5, 80), np.linspace(0.1, 0.5, 80))
     depth = 0.5 / v
     assert inliers(np.stack([u * depth, v * depth, depth], axis=-1).reshape(-1, 3)).mean() > 0.99
+
+
+def test_the_shortcut_past_the_neighbour_search_changes_no_answer() -> None:
+    from scipy.spatial.distance import cdist
+
+    for seed in range(4):
+        _, points = surface(seed, 3, count=2000, noise=0.002)
+        rng = np.random.default_rng(seed)
+        points[:60] += rng.normal(size=(60, 3)) * rng.uniform(0.01, 0.3, (60, 1))
+        spacing = np.log(np.sort(cdist(points, points), axis=1)[:, 1:17].mean(1))
+        sample = spacing[np.linspace(0, 1999, SAMPLED).astype(int)]
+        middle = np.median(sample)
+        spread = 1.4826 * np.median(np.abs(sample - middle))
+        expected = spacing <= middle + max(4.0 * spread, math.log(SLANTED))
+        np.testing.assert_array_equal(inliers(points), expected)
+        assert 10 < (~expected).sum() < 60
+
+
+def test_the_smallest_of_all_boxes_on_faces_is_among_those_looked_at() -> None:
+    from scipy.spatial import ConvexHull
+
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        points = rng.normal(size=(40, 3)) * [3, 2, 1]
+        axes, extents = _candidates(_hull(points, 0.0), 0.0)
+        np.testing.assert_allclose(np.ptp(np.einsum("ni,mij->mnj", points, axes), axis=1), extents, rtol=1e-9)
+        # Every face with every edge of the hull, on its outline or not.
+        hull = ConvexHull(points)
+        smallest = math.inf
+        for normal in hull.equations[:, :3]:
+            for first, second in ((0, 1), (1, 2), (2, 0)):
+                along = points[hull.simplices[:, first]] - points[hull.simplices[:, second]]
+                along = along - (along @ normal)[:, None] * normal
+                along = along[np.linalg.norm(along, axis=1) > 1e-9]
+                along /= np.linalg.norm(along, axis=1)[:, None]
+                across = np.cross(normal, along)
+                areas = np.ptp(points @ along.T, axis=0) * np.ptp(points @ across.T, axis=0)
+                smallest = min(smallest, float(areas.min() * np.ptp(points @ normal)))
+        assert extents.prod(-1).min() == pytest.approx(smallest, rel=1e-9)
+
+
+def test_a_thinned_cloud_has_the_hull_of_all() -> None:
+    from scipy.spatial import ConvexHull
+
+    for seed in range(4):
+        points = surface(seed, 3, count=5000, noise=0.0005)[1]
+        points = points - points.mean(0)
+        expected = ConvexHull(points)
+        assert 20 < len(expected.vertices) <= MAX_HULL
+        # But for points that stick out by less than a hundred thousandth.
+        assert _hull_of_many(points).volume == pytest.approx(expected.volume, rel=1e-4)
 
 
 def test_large_clouds_are_thinned_and_small_ones_kept() -> None:

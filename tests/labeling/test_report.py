@@ -17,7 +17,7 @@ from spear_lightning.labeling.assembly import DROPPED
 from spear_lightning.labeling.demo_labels import demo_label
 from spear_lightning.labeling.label_folder import ImageFailure, LabelFolder
 from spear_lightning.labeling.report import histogram, write_report
-from spear_lightning.labeling.report_pictures import EDGES, draw_label
+from spear_lightning.labeling.report_pictures import EDGES, draw_from_above, draw_label
 from spear_lightning.labeling.run_lengths import decode_mask
 
 VOID = {"meta", "img", "line", "rect", "path", "polygon", "br"}
@@ -87,6 +87,39 @@ def test_the_page_holds_what_it_must(tmp_path: Path) -> None:
     assert "6 of 6 labels" in words
     assert "<b>sly</b> box" in words
     assert "<b>sly" not in (tmp_path / "all.html").read_text()
+
+
+def test_what_there_is_none_of_and_one_of_is_said(tmp_path: Path) -> None:
+    label, image_HW3 = demo_label(0)
+    with LabelFolder(tmp_path) as labels:
+        labels.add(replace(label, objects=()), simplejpeg.encode_jpeg(np.ascontiguousarray(image_HW3)))
+        labels.add_failure(ImageFailure("gone.jpg", "read", "An image cannot be read"))
+    page = Page(write_report(tmp_path, tmp_path / "report.html").read_text())
+    words = " ".join(page.text)
+    for expected in ("There are no objects.", "No objects.", "1 image without a label"):
+        assert expected in words
+    assert page.open == []
+    assert page.count.keys().isdisjoint({"svg"})
+
+
+def test_boxes_from_above_lie_as_they_do_on_the_ground() -> None:
+    label, _ = demo_label(3)
+    figure = Page(draw_from_above(label, 200))
+    corners = [
+        np.array([pair.split(",") for pair in value.split()], float)
+        for _, name, value in figure.attributes
+        if name == "points"
+    ]
+    assert len(corners) == len(label.objects)
+    drawn = np.concatenate(corners)
+    assert drawn.min() > 0
+    assert drawn.max() < 200
+    # One scale for both directions, z upwards.
+    true = np.array([item.vertices[:, [0, 2]].max(0) for item in label.objects])
+    seen = np.array([[points[:, 0].max(), -points[:, 1].min()] for points in corners])
+    scale = np.ptp(seen, axis=0) / np.ptp(true, axis=0)
+    np.testing.assert_allclose(scale[0], scale[1], rtol=0.02)
+    np.testing.assert_allclose(np.diff(seen, axis=0), scale[0] * np.diff(true, axis=0), atol=0.5)
 
 
 def test_boxes_and_masks_are_drawn_where_they_are() -> None:

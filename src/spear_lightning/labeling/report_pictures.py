@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from spear_lightning.labeling.records import ImageLabel, ObjectLabel
 from spear_lightning.labeling.run_lengths import decode_mask
@@ -21,11 +21,23 @@ LARGEST_SCALE = 4.0
 MASK_SHARE = 0.45
 """How much of a mask's colour covers the photograph."""
 
+NUMBER_SIZE = 13
+"""Of the numbers on photographs, pixels."""
+
+ROOM = 1.25
+"""Boxes from above fill their drawing but for a margin."""
+
 
 def object_colours(count: int) -> list[tuple[int, int, int]]:
     """Return colours that are easy to tell apart; neighbours in the list are far apart in hue."""
     hues = (0.61803 * number % 1 for number in range(count))
     return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, 1.0)) for hue in hues]  # type: ignore[misc]
+
+
+def ink_on(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Return black or white, whichever is easier to read on a colour."""
+    red, green, blue = colour
+    return (0, 0, 0) if 0.3 * red + 0.59 * green + 0.11 * blue > 110 else (255, 255, 255)
 
 
 def draw_label(label: ImageLabel, image_HW3: np.ndarray, width: int) -> bytes:
@@ -78,41 +90,50 @@ def _box_lines(label: ImageLabel, item: ObjectLabel) -> list[tuple[np.ndarray, i
 def _write_number(
     pen: ImageDraw.ImageDraw, number: int, place: tuple[float, float], colour: tuple[int, int, int]
 ) -> None:
-    left, top, right, bottom = pen.textbbox(place, str(number))
-    pen.rectangle((left - 2, top - 1, right + 2, bottom + 1), fill=colour)
-    pen.text(place, str(number), fill=(0, 0, 0))
+    font = ImageFont.load_default(NUMBER_SIZE)
+    left, top, right, bottom = pen.textbbox(place, str(number), font=font)
+    pen.rectangle((left - 3, top - 2, right + 3, bottom + 2), fill=colour)
+    pen.text(place, str(number), fill=ink_on(colour), font=font)
 
 
 def draw_from_above(label: ImageLabel, size: int = 240) -> str:
-    """Draw the boxes as seen from above the camera, as SVG: x to the right, z upwards, the camera at the bottom.
+    """Draw the boxes as seen from above the camera, as SVG: x to the right, z upwards, the camera below.
 
     Args:
-        label: The label.
-        size: Width and height in pixels.
+        label: The label, with objects.
+        size: Width and height in pixels, filled by the objects.
 
     Returns:
-        An `<svg>` element, empty of boxes if there are none.
+        An `<svg>` element.
     """
     from scipy.spatial import ConvexHull
 
     flat = [item.vertices[:, [0, 2]] for item in label.objects]
-    reach = max((float(np.abs(points).max()) for points in flat), default=label.median_depth) * 1.05
+    low, high = np.concatenate(flat).min(0), np.concatenate(flat).max(0)
+    width = ROOM * float((high - low).max())
+    corner = (low + high) / 2 - width / 2
+
+    def place(points: np.ndarray) -> np.ndarray:
+        return (points - corner) / width * [size, -size] + [0, size]
+
     parts = []
     for number, (points, colour) in enumerate(zip(flat, object_colours(len(flat)), strict=True), start=1):
-        outline = points[ConvexHull(points, qhull_options="QJ").vertices]
-        place = [f"{(x / reach + 1) * size / 2:.1f},{(1 - z / reach) * size:.1f}" for x, z in outline]
-        x, z = points.mean(0)
+        outline = place(points[ConvexHull(points, qhull_options="QJ").vertices])
+        x, z = place(points.mean(0))
         red, green, blue = colour
         parts.append(
-            f'<polygon points="{" ".join(place)}" fill="rgb({red},{green},{blue})" fill-opacity="0.4" '
-            f'stroke="rgb({red},{green},{blue})"/>'
-            f'<text x="{(x / reach + 1) * size / 2:.1f}" y="{(1 - z / reach) * size:.1f}">{number}</text>'
+            f'<polygon points="{" ".join(f"{x:.1f},{z:.1f}" for x, z in outline)}" '
+            f'fill="rgb({red},{green},{blue})" fill-opacity="0.4" stroke="rgb({red},{green},{blue})"/>'
+            f'<text x="{x:.1f}" y="{z:.1f}" text-anchor="middle" dominant-baseline="middle">{number}</text>'
         )
-    median = (1 - label.median_depth / reach) * size
+    camera, median = place(np.array([0.0, label.median_depth]))
+    camera = float(np.clip(camera, 6, size - 6))
+    unit = " m" if label.unit == "metric" else ""
     return (
         f'<svg class="above" viewBox="0 0 {size} {size}" width="{size}" height="{size}" role="img">'
         f"<title>from above</title>"
         f'<line x1="0" x2="{size}" y1="{median:.1f}" y2="{median:.1f}" class="median"/>'
-        f'<path d="M{size / 2 - 6},{size} L{size / 2},{size - 12} L{size / 2 + 6},{size} Z" class="camera"/>'
-        f"{''.join(parts)}</svg>"
+        f'<path d="M{camera - 6:.1f},{size} L{camera:.1f},{size - 12} L{camera + 6:.1f},{size} Z" class="camera"/>'
+        f"{''.join(parts)}"
+        f'<text class="axis" x="4" y="14">{width:.2g}{unit} across</text></svg>'
     )

@@ -26,6 +26,7 @@ h1 {font-size: 1.5em; overflow-wrap: anywhere} h2 {font-size: 1.15em; overflow-w
 table {border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto}
 td, th {border-bottom: 1px solid var(--line); padding: .2em .7em; text-align: right; white-space: nowrap}
 td:first-child, th:first-child {text-align: left; padding-left: 0}
+td:last-child, th:last-child {white-space: normal; min-width: 8em}
 figure {display: inline-block; margin: .3em 1em .8em 0; vertical-align: top; width: 26em; max-width: 100%}
 figure img {height: 10em; max-width: 60%; object-fit: contain; margin-right: .3em}
 figcaption {font-size: 12px; color: var(--quiet)}

@@ -87,7 +87,13 @@ class SpearModule(L.LightningModule):
     def configure_model(self) -> None:
         """Divide the weights among processes where the strategy is one that does; the first has their values."""
         from spear_lightning.training.sharded_strategy import ShardedStrategy
-        from spear_lightning.training.sharding import give_values, is_sharded, shard_blocks, values_of
+        from spear_lightning.training.sharding import (
+            give_values,
+            is_sharded,
+            let_frozen_parts_train_later,
+            shard_blocks,
+            values_of,
+        )
 
         strategy = self.trainer.strategy
         root, methods = self.entry()
@@ -98,6 +104,7 @@ class SpearModule(L.LightningModule):
         compute_dtype = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         shard_blocks(root, methods, strategy.device_mesh, compute_dtype, strategy.reshard_after_forward)
         give_values(root, values, strategy.root_device)
+        let_frozen_parts_train_later(root)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and schedule from the recipe."""

@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import Tensor
 
 from spear_lightning.batches import RobotBatch
+from spear_lightning.training.chunk_errors import chunk_errors
 from spear_lightning.training.prediction_file import PredictionFile
-from spear_lightning.training.vla_module import chunk_errors
 
 
 class PredictionWriter(PredictionFile[tuple[RobotBatch, Tensor]]):

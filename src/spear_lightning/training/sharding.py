@@ -91,6 +91,21 @@ def give_values(root: nn.Module, values: dict[str, Tensor] | None, device: torch
             tensor.copy_(whole)
 
 
+def let_frozen_parts_train_later(root: nn.Module) -> None:
+    """Let FSDP2 note the types of all gradients before its first use, also of parts that are frozen now.
+
+    It notes them once, of what trains at that time. Without this, a part that is frozen at first would later get
+    gradients in the type of the products.
+    """
+    trains = {parameter: parameter.requires_grad for parameter in root.parameters()}
+    for parameter in trains:
+        parameter.requires_grad_(parameter.is_floating_point())
+    # torch 2.11 to 2.13 have no public name for it.
+    root._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+    for parameter, trained in trains.items():
+        parameter.requires_grad_(trained)
+
+
 def values_of(root: nn.Module) -> dict[str, Tensor]:
     """Return a module's parameters and buffers by name."""
     return {name: tensor.detach() for name, tensor in [*root.named_parameters(), *root.named_buffers()]}

@@ -6,12 +6,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor, nn
 
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError, ConfigError
-from spear_lightning.geometry import quaternions
 from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy import Policy, describe_policy
 from spear_lightning.policy.answerer_files import load_vlm
@@ -22,6 +20,7 @@ from spear_lightning.policy.checkpoint import (
     read_checkpoint,
 )
 from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.chunk_errors import chunk_errors
 from spear_lightning.training.image_augmentation import ImageAugmentation
 from spear_lightning.training.optimizer import OptimizerRecipe
 from spear_lightning.training.random_streams import AUGMENT, PREDICT, TRAIN, VALIDATE, generator_at
@@ -233,26 +232,3 @@ class VLAModule(SpearModule):
             on_step=False,
             on_epoch=True,
         )
-
-
-def chunk_errors(predicted_BH8: Tensor, true_BH8: Tensor, mask_BH: Tensor) -> dict[str, Tensor]:
-    """Compare chunks in physical units over valid targets.
-
-    Args:
-        predicted_BH8: float (B, H, 8) predicted [x m, q xyzw, gripper openness].
-        true_BH8: float (B, H, 8), likewise.
-        mask_BH: bool (B, H), True where a target counts; at least one must.
-
-    Returns:
-        Scalars: `translation_error_mm` (mean Euclidean distance), `rotation_error_deg` (mean rotation angle),
-        `gripper_accuracy` (share on the right side of one half).
-    """
-    predicted, true = predicted_BH8[mask_BH].float(), true_BH8[mask_BH].float()
-    distance = torch.linalg.vector_norm(predicted[:, :3] - true[:, :3], dim=-1)
-    angle = quaternions.rotation_angle(predicted[:, 3:7], true[:, 3:7])
-    gripper = (predicted[:, 7] > 0.5) == (true[:, 7] > 0.5)
-    return {
-        "translation_error_mm": 1000 * distance.mean(),
-        "rotation_error_deg": torch.rad2deg(angle.mean()),
-        "gripper_accuracy": gripper.float().mean(),
-    }

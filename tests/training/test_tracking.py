@@ -16,9 +16,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from spear_lightning import cli
 from spear_lightning.batches import RobotBatch
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
+from spear_lightning.training.chunk_errors import chunk_errors
 from spear_lightning.training.first_batch_picture import render
 from spear_lightning.training.validation_pictures import draw_chunks
-from spear_lightning.training.chunk_errors import chunk_errors
 from spear_lightning.training.vla_module import ValidationOutput
 
 TWIN = Path(__file__).resolve().parents[1] / "conf" / "vla.yaml"

@@ -126,6 +126,19 @@ def test_two_processes_save_one_resumes_and_predicts(
     assert not torch.equal(averaged[name], raw[name])
 
 
+def test_bfloat16_products_of_float32_weights(runs: Path) -> None:
+    """SigLIP trains from step 6 on only; a unit that was frozen at first has float32 gradients as well."""
+    result = runs / "rounded.json"
+    rounded = finished(
+        started(2, result, runs / "rounded", runs / "data", "--trainer.precision=bf16-mixed"), result
+    )
+    whole = losses(runs, "one")
+    assert rounded == pytest.approx(whole, rel=0.02)
+    assert all(rounded[step] != whole[step] for step in whole)
+    saved = checkpoint(runs, "rounded", 9)
+    assert {tensor.dtype for name, tensor in saved["state_dict"].items() if "proj" in name} == {torch.float32}
+
+
 def test_a_folder_that_was_not_finished_is_refused(runs: Path, tmp_path: Path) -> None:
     copy = tmp_path / "step_0000009.ckpt"
     shutil.copytree(runs / "two" / "checkpoints" / copy.name, copy)

@@ -101,7 +101,7 @@ def let_frozen_parts_train_later(root: nn.Module) -> None:
     for parameter in trains:
         parameter.requires_grad_(parameter.is_floating_point())
     # torch 2.11 to 2.13 have no public name for it.
-    root._get_fsdp_state()._lazy_init()  # type: ignore[operator,union-attr]
+    root._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     for parameter, trained in trains.items():
         parameter.requires_grad_(trained)
 

@@ -25,6 +25,9 @@ CHANGES = {
     "parallel/sharded.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/sharded_in_node.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/recompute.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
+    "parallel/slurm.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
+    "parallel/h200_141.yaml": ["vla_oxe.yaml"],
+    "parallel/h100_80.yaml": ["vla_oxe.yaml"],
 }
 """File that changes others -> those others."""
 

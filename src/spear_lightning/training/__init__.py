@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
     from spear_lightning.training.optimizer import OptimizerRecipe
+    from spear_lightning.training.preemption import StopOnSignal
     from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.sharded_strategy import ShardedStrategy
@@ -49,6 +50,7 @@ _HOMES = {
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
     "ShardedStrategy": "sharded_strategy",
+    "StopOnSignal": "preemption",
     "VLAModule": "vla_module",
     "VLMModule": "vlm_module",
     "ValidationPictures": "validation_pictures",
@@ -73,6 +75,7 @@ __all__ = [
     "RobotDataModule",
     "RunCheckpoint",
     "ShardedStrategy",
+    "StopOnSignal",
     "VLAModule",
     "VLMModule",
     "ValidationPictures",

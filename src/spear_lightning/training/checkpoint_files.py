@@ -91,14 +91,15 @@ class RunCheckpoint(ModelCheckpoint):
         """
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step == trainer.max_steps:
-            self._save_if_new(trainer)
+            self.save_now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save a training that ended otherwise: by epochs or by time."""
         super().on_train_end(trainer, pl_module)
-        self._save_if_new(trainer)
+        self.save_now(trainer)
 
-    def _save_if_new(self, trainer: L.Trainer) -> None:
+    def save_now(self, trainer: L.Trainer) -> None:
+        """Save, unless this step was saved already; all processes must call it."""
         if self._last_global_step_saved == trainer.global_step:
             return
         step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)

@@ -67,7 +67,13 @@ def fake_gemini(answer: Callable[[int, str], Answer]) -> Iterator[FakeGemini]:
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            length = int(self.headers["content-length"])
+            data = self.rfile.read(length)
+            if len(data) < length:
+                # The client was killed in the middle of its question.
+                self.close_connection = True
+                return
+            request = json.loads(data)
             with lock:
                 said = fake.respond(self.path, self.headers["x-goog-api-key"], request)
             if said.wait is not None:
@@ -76,14 +82,14 @@ def fake_gemini(answer: Callable[[int, str], Answer]) -> Iterator[FakeGemini]:
                 "candidates": [{"content": {"parts": [{"text": said.text}]}, "finishReason": said.finish}],
                 "usageMetadata": {"promptTokenCount": 1000, "candidatesTokenCount": 200, "thoughtsTokenCount": 10},
             }
-            data = json.dumps(body).encode()
+            reply = json.dumps(body).encode()
             try:
                 self.send_response(said.status)
                 for name, value in {"content-type": "application/json", **said.headers}.items():
                     self.send_header(name, value)
-                self.send_header("content-length", str(len(data)))
+                self.send_header("content-length", str(len(reply)))
                 self.end_headers()
-                self.wfile.write(data)
+                self.wfile.write(reply)
             except OSError:
                 # A client that was killed, or has given up, does not listen.
                 self.close_connection = True

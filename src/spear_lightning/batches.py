@@ -6,7 +6,7 @@ tokens, L text tokens, D width, A numbers in an action.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -33,6 +33,20 @@ class TensorBatch:
             elif isinstance(value, dict):
                 changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
         return replace(self, **changed)  # type: ignore[type-var]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors of the batch."""
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict):
+                yield from value.values()
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Say that a stream works on the batch: its memory is not used again before that work is done."""
+        for tensor in self.tensors():
+            tensor.record_stream(stream)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``."""

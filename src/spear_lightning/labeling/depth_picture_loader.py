@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from spear_lightning.batches import GeometryBatch
@@ -50,7 +51,8 @@ class PictureStream(ResumableStream[GeometryBatch]):
         rank: This process.
         world_size: Number of processes.
         num_workers: Worker processes; 0 reads in this process.
-        pin_memory: Whether batches are put into page-locked memory.
+        device: GPU that batches are copied to, each while the one before is worked on; `None` leaves them in CPU
+            memory.
         data: Fingerprint of the data; a state of other data is refused.
     """
 
@@ -62,16 +64,16 @@ class PictureStream(ResumableStream[GeometryBatch]):
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         data: str = "",
     ) -> None:
-        super().__init__(batch_size, epoch_batches, rank, world_size, data)
+        super().__init__(batch_size, epoch_batches, rank, world_size, data, device)
         self.dataset = dataset
-        self._num_workers, self._pin_memory = num_workers, pin_memory
+        self._num_workers = num_workers
 
     def open_at(self, places: StreamBatches) -> Iterable[GeometryBatch]:
         """Return what reads the batches of some places, in order and without end."""
-        return WorkerLoader(self.dataset, places, self._num_workers, pin_memory=self._pin_memory)
+        return WorkerLoader(self.dataset, places, self._num_workers, pin_memory=self._device is not None)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse other data and another global batch size.

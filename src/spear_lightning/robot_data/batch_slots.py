@@ -7,6 +7,8 @@ tensor that was made of it is gone, so nothing that anybody still holds is ever 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import weakref
 from collections import deque
@@ -19,8 +21,13 @@ from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.dataset import RobotDataset
 
+log = logging.getLogger(__name__)
+
 ALIGNMENT = 64
 """Bytes; of a cache line."""
+
+_FOR_ALL_DEVICES = 1
+"""cudaHostRegisterPortable."""
 
 
 class BatchSlots:
@@ -55,6 +62,23 @@ class BatchSlots:
                 ) from error
         self._free = deque(range(count))
         self._written: set[int] = set()
+
+    def lock_pages(self) -> bool:
+        """Lock the slots in memory, once for all, so that a GPU can read them where they are.
+
+        Returns:
+            Whether the system permits it.
+        """
+        begin, driver = self._memory.data_ptr(), torch.cuda.cudart()
+        code = int(driver.cudaHostRegister(begin, self._memory.nbytes, _FOR_ALL_DEVICES))
+        if code == 0:
+            weakref.finalize(self, driver.cudaHostUnregister, begin)
+            return True
+        log.warning("Batches go to the GPU more slowly: their memory cannot be page-locked (CUDA error %d)", code)
+        # The error must be taken note of, or the next kernel would be blamed for it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+        return False
 
     def take(self) -> int | None:
         """Return a slot that may be written; None if all are in use."""

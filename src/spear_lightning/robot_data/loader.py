@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.robot_data.dataset import RobotDataset
@@ -26,7 +28,8 @@ class ResumableLoader(ResumableStream[RobotBatch]):
         world_size: Number of processes.
         num_workers: Worker processes; 0 reads in this process.
         prefetch: Batches each worker or thread prepares ahead.
-        pin_memory: Whether batches are put into page-locked memory.
+        device: GPU that batches are copied to, each while the one before is worked on; `None` leaves them in CPU
+            memory.
         data: Fingerprint of the data; a state of other data is refused.
         num_threads: Threads of this process that read ahead; for 0 workers. 0 reads when a batch is asked for.
     """
@@ -40,13 +43,13 @@ class ResumableLoader(ResumableStream[RobotBatch]):
         world_size: int = 1,
         num_workers: int = 0,
         prefetch: int = 2,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         data: str = "",
         num_threads: int = 0,
     ) -> None:
-        super().__init__(batch_size, epoch_batches, rank, world_size, data)
+        super().__init__(batch_size, epoch_batches, rank, world_size, data, device)
         self.dataset = dataset
-        self._reading = Reading(num_workers, num_threads, prefetch, pin_memory)
+        self._reading = Reading(num_workers, num_threads, prefetch, pin_memory=device is not None)
 
     def open_at(self, places: StreamBatches) -> Iterable[RobotBatch]:
         """Return what reads the batches of some places, in order and without end."""
@@ -86,7 +89,7 @@ class FiniteLoader(FinitePass[RobotBatch]):
         places: Which places.
         batch_size: Samples per batch.
         num_workers: Worker processes; 0 reads in this process. They stay: validation comes again and again.
-        pin_memory: Whether batches are put into page-locked memory.
+        device: GPU that batches are copied to; `None` leaves them in CPU memory.
         num_threads: Threads of this process that read ahead; for 0 workers.
     """
 
@@ -96,8 +99,10 @@ class FiniteLoader(FinitePass[RobotBatch]):
         places: range,
         batch_size: int,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         num_threads: int = 0,
     ) -> None:
-        reading = Reading(num_workers, num_threads, pin_memory=pin_memory)
-        super().__init__(places, batch_size, lambda batches: open_reader(dataset, batches, batch_size, reading))
+        reading = Reading(num_workers, num_threads, pin_memory=device is not None)
+        super().__init__(
+            places, batch_size, lambda batches: open_reader(dataset, batches, batch_size, reading), device
+        )

@@ -37,7 +37,7 @@ class Reading:
         num_workers: Worker processes; 0: this process.
         num_threads: Threads of this process, if there are no workers; 0: nothing is read ahead.
         prefetch: Batches each worker or thread prepares ahead.
-        pin_memory: Whether batches are put into page-locked memory.
+        pin_memory: Whether batches are in page-locked memory.
     """
 
     num_workers: int = 0
@@ -113,7 +113,7 @@ class WorkerReader:
         dataset: Reads batches at places.
         places: Places of batch after batch.
         batch_size: Samples of a batch at most.
-        reading: Processes, batches each prepares ahead, whether they are copied into page-locked memory.
+        reading: Processes, batches each prepares ahead, whether their memory is page-locked.
     """
 
     def __init__(
@@ -125,7 +125,8 @@ class WorkerReader:
     ) -> None:
         ahead = reading.num_workers * reading.prefetch
         self._slots = BatchSlots(dataset, batch_size, ahead + HELD, shared=True)
-        self._pin_memory = reading.pin_memory
+        # Where the slots themselves cannot be, batches are copied once more.
+        self._copies_to_pin = reading.pin_memory and not self._slots.lock_pages()
         writer, tasks = _SlotWriter(dataset, self._slots), _Tasks(places, self._slots)
         self._written: WorkerLoader[tuple[int | np.ndarray, int, list[str]]] = WorkerLoader(
             writer, tasks, reading.num_workers, reading.prefetch
@@ -139,7 +140,7 @@ class WorkerReader:
         """
         for slot, size, instructions in self._written:
             batch = self._slots.lend(slot, size, instructions)
-            yield batch.pin_memory() if self._pin_memory else batch
+            yield batch.pin_memory() if self._copies_to_pin else batch
 
 
 class _Tasks:

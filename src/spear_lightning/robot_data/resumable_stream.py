@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
+import torch
 
-Batch = TypeVar("Batch")
+from spear_lightning.robot_data.device_copies import Batch, DeviceCopies
 
 
 class StreamBatches:
@@ -46,13 +47,24 @@ class ResumableStream(ABC, Generic[Batch]):
         rank: This process.
         world_size: Number of processes.
         data: Fingerprint of the data; a state of other data is refused.
+        device: GPU that batches are copied to, each while the one before is worked on; `None` leaves them in CPU
+            memory.
     """
 
-    def __init__(self, batch_size: int, epoch_batches: int, rank: int, world_size: int, data: str) -> None:
+    def __init__(
+        self,
+        batch_size: int,
+        epoch_batches: int,
+        rank: int,
+        world_size: int,
+        data: str,
+        device: torch.device | None = None,
+    ) -> None:
         self.batch_size = batch_size
         self._data = data
         self._epoch_batches = epoch_batches
         self._rank, self._world_size = rank, world_size
+        self._device = device
         self._given = 0
         self._running: Iterator[Batch] | None = None
 
@@ -72,7 +84,7 @@ class ResumableStream(ABC, Generic[Batch]):
         """Yield the rest of the current epoch; at its end the next iteration begins a new one."""
         if self._running is None:
             places = StreamBatches(self.batch_size, self._rank, self._world_size, self._given)
-            self._running = iter(self.open_at(places))
+            self._running = iter(DeviceCopies(self.open_at(places), self._device))
         while True:
             batch = next(self._running)
             self._given += 1
@@ -105,14 +117,19 @@ class FinitePass(Generic[Batch]):
         places: Which places.
         batch_size: Samples per batch.
         open_reader: Returns what reads the batches of some places, in order.
+        device: GPU that batches are copied to; `None` leaves them in CPU memory.
     """
 
     def __init__(
-        self, places: range, batch_size: int, open_reader: Callable[[list[list[int]]], Iterable[Batch]]
+        self,
+        places: range,
+        batch_size: int,
+        open_reader: Callable[[list[list[int]]], Iterable[Batch]],
+        device: torch.device | None = None,
     ) -> None:
         starts = range(places.start, places.stop, batch_size)
         self._batches = [list(range(start, min(start + batch_size, places.stop))) for start in starts]
-        self._reader = open_reader(self._batches)
+        self._copies = DeviceCopies(open_reader(self._batches), device)
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -120,4 +137,4 @@ class FinitePass(Generic[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
-        return iter(self._reader)
+        return iter(self._copies)

@@ -1,6 +1,9 @@
-"""What every data module checks of its arguments."""
+"""What every data module checks of its arguments and asks of its trainer."""
 
 from __future__ import annotations
+
+import lightning as L
+import torch
 
 from spear_lightning.errors import ConfigError
 
@@ -35,3 +38,10 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
             remedy="choose a multiple of the number of processes",
         )
     return batch_size // world_size
+
+
+def gpu_of(trainer: L.Trainer | None) -> torch.device | None:
+    """Return the GPU on which this process trains; `None` if there is none."""
+    if trainer is None or trainer.strategy.root_device.type != "cuda":
+        return None
+    return trainer.strategy.root_device

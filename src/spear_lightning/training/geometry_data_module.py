@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning as L
-import torch
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.depth_picture_loader import PicturesInOrder, PictureStream, ShuffledPictures
 from spear_lightning.labeling.depth_pictures import DepthPictures
-from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
 
 
 class GeometryDataModule(L.LightningDataModule):
@@ -84,7 +83,7 @@ class GeometryDataModule(L.LightningDataModule):
             rank=rank,
             world_size=world_size,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            device=gpu_of(self.trainer),
             data=f"{store.fingerprint}-{count}-{self.seed}",
         )
 

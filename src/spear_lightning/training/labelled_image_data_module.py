@@ -13,7 +13,7 @@ from spear_lightning.errors import ConfigError
 from spear_lightning.policy import Answerer
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.mixture import Weighting
-from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
 from spear_lightning.vqa.augment import ViewRecipe
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer, Scale
 from spear_lightning.vqa.labelled_images import LabelMixture
@@ -160,7 +160,7 @@ class LabelledImageDataModule(L.LightningDataModule):
             world_size=world_size,
             num_workers=self.num_workers,
             prefetch=self.prefetch,
-            pin_memory=self._pin_memory,
+            device=gpu_of(self.trainer),
             data=fingerprint(mixture, self.tasks, tokens, self.camera, self.views, self.window_batches),
         )
 
@@ -183,7 +183,7 @@ class LabelledImageDataModule(L.LightningDataModule):
         share = len(places) // world_size
         batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
         own = places[rank * share : (rank + 1) * share] if share else places
-        return FiniteVqaLoader(dataset, own, batch_size, self.num_workers, self._pin_memory)
+        return FiniteVqaLoader(dataset, own, batch_size, self.num_workers, gpu_of(self.trainer))
 
     def test_dataloader(self) -> FiniteVqaLoader | list[FiniteVqaLoader]:
         """Return the held-out images."""
@@ -194,7 +194,7 @@ class LabelledImageDataModule(L.LightningDataModule):
         return self.val_dataloader()
 
     def transfer_batch_to_device(self, batch: VqaBatch, device: torch.device, dataloader_idx: int) -> VqaBatch:
-        """Copy a batch; from page-locked memory the copy overlaps with computation."""
+        """Copy a batch that the loader has not copied already."""
         return batch.to(device, non_blocking=True)
 
     def _layout(self) -> TextLayout:
@@ -214,7 +214,3 @@ class LabelledImageDataModule(L.LightningDataModule):
                 remedy="train it with VLMModule, or set it to an Answerer",
             )
         return self.answerer
-
-    @property
-    def _pin_memory(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

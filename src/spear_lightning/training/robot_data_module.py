@@ -18,7 +18,7 @@ from spear_lightning.robot_data.mixture import Weighting
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.sample_source import SampleSource
 from spear_lightning.robot_data.statistics import MixtureStatistics
-from spear_lightning.training.data_module_checks import require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
 
 
 class RobotDataModule(L.LightningDataModule):
@@ -152,7 +152,7 @@ class RobotDataModule(L.LightningDataModule):
             world_size=world_size,
             num_workers=self.num_workers,
             prefetch=self.prefetch,
-            pin_memory=self._pin_memory,
+            device=gpu_of(self.trainer),
             data=mixture.fingerprint(),
             num_threads=self.num_threads,
         )
@@ -166,7 +166,7 @@ class RobotDataModule(L.LightningDataModule):
         return self.open_mixture().frame_caches(self.cameras, self.frame_cache)
 
     def transfer_batch_to_device(self, batch: RobotBatch, device: torch.device, dataloader_idx: int) -> RobotBatch:
-        """Copy a batch; from page-locked memory the copy overlaps with computation."""
+        """Copy a batch that the loader has not copied already."""
         return batch.to(device, non_blocking=True)
 
     def val_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
@@ -182,7 +182,7 @@ class RobotDataModule(L.LightningDataModule):
         share = len(samples) // world_size
         places = range(rank * share, (rank + 1) * share) if share else range(len(samples))
         batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
-        return FiniteLoader(dataset, places, batch_size, self.num_workers, self._pin_memory, self.num_threads)
+        return FiniteLoader(dataset, places, batch_size, self.num_workers, gpu_of(self.trainer), self.num_threads)
 
     def test_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the held-out samples."""
@@ -191,7 +191,3 @@ class RobotDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> FiniteLoader | list[FiniteLoader]:
         """Return the held-out samples."""
         return self.val_dataloader()
-
-    @property
-    def _pin_memory(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError
 from spear_lightning.robot_data.resumable_stream import FinitePass, ResumableStream, StreamBatches
@@ -26,7 +28,8 @@ class ResumableVqaLoader(ResumableStream[VqaBatch]):
         world_size: Number of processes.
         num_workers: Worker processes; 0 reads in this process.
         prefetch: Batches each worker prepares ahead.
-        pin_memory: Whether batches are put into page-locked memory.
+        device: GPU that batches are copied to, each while the one before is worked on; `None` leaves them in CPU
+            memory.
         data: Fingerprint of labels, tasks and tokens; a state of others is refused.
     """
 
@@ -39,16 +42,17 @@ class ResumableVqaLoader(ResumableStream[VqaBatch]):
         world_size: int = 1,
         num_workers: int = 0,
         prefetch: int = 2,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
         data: str = "",
     ) -> None:
-        super().__init__(batch_size, epoch_batches, rank, world_size, data)
+        super().__init__(batch_size, epoch_batches, rank, world_size, data, device)
         self.dataset = dataset
-        self._reading = (num_workers, prefetch, pin_memory)
+        self._num_workers, self._prefetch = num_workers, prefetch
 
     def open_at(self, places: StreamBatches) -> Iterable[VqaBatch]:
         """Return what reads the batches of some places, in order and without end."""
-        return WorkerLoader(self.dataset, places, *self._reading)
+        pinned = self._device is not None
+        return WorkerLoader(self.dataset, places, self._num_workers, self._prefetch, pin_memory=pinned)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Refuse other questions and another global batch size.
@@ -76,7 +80,7 @@ class FiniteVqaLoader(FinitePass[VqaBatch]):
         places: Which places.
         batch_size: Samples per batch.
         num_workers: Worker processes; 0 reads in this process. They stay: validation comes again and again.
-        pin_memory: Whether batches are put into page-locked memory.
+        device: GPU that batches are copied to; `None` leaves them in CPU memory.
     """
 
     def __init__(
@@ -85,10 +89,11 @@ class FiniteVqaLoader(FinitePass[VqaBatch]):
         places: range,
         batch_size: int,
         num_workers: int = 0,
-        pin_memory: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(
             places,
             batch_size,
-            lambda batches: WorkerLoader(dataset, batches, num_workers, pin_memory=pin_memory),
+            lambda batches: WorkerLoader(dataset, batches, num_workers, pin_memory=device is not None),
+            device,
         )

@@ -2,13 +2,18 @@
 
     python -m torch.distributed.run --nproc-per-node 2 sharded_run.py RESULT.json fit --config ...
 
-RESULT.json gets the mean loss of all processes at every step.
+RESULT.json gets the mean loss of all processes at every step. Environment variables: HOLD_AT makes the writer of
+that step's checkpoint wait until training has gone on, and saves the same state at once to `whole/` of the run's
+folder; SIGNAL_AT sends SIGUSR1 to the second process in that step.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from spear_lightning import cli
 from spear_lightning.flow import ActionFlow
 from spear_lightning.flow.action_flow import FlowSample
 from spear_lightning.training import vla_module
+from spear_lightning.training.sharded_strategy import ShardedStrategy
 from spear_lightning.training.vla_module import VLAModule
 
 
@@ -74,7 +81,49 @@ def record_losses(result: Path) -> None:
     VLAModule.training_step = training_step  # type: ignore[method-assign]
 
 
+def hold_the_writer(step: int) -> None:
+    """Save one step's state twice: at once, and by a writer that waits for the end of the next step."""
+    trained_on, held = threading.Event(), []
+    plain_save, plain_write = ShardedStrategy.save_checkpoint, HuggingFaceStorageWriter.write_data
+    plain_step = VLAModule.training_step
+
+    def save_checkpoint(self: Any, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if checkpoint["global_step"] == step:
+            held.append(Path(filepath))
+            plain_save(self, checkpoint, held[0].parents[1] / "whole" / held[0].name)
+        plain_save(self, checkpoint, filepath, storage_options)
+
+    def write_data(self: Any, plan: Any, planner: Any) -> Any:
+        if held and self.final_path == held[0]:
+            assert trained_on.wait(timeout=60)
+        return plain_write(self, plan, planner)
+
+    def training_step(self: VLAModule, batch: Any, batch_index: int) -> Tensor:
+        if self.trainer.global_step == step + 1:
+            assert not held[0].exists()
+            trained_on.set()
+        return plain_step(self, batch, batch_index)
+
+    ShardedStrategy.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    HuggingFaceStorageWriter.write_data = write_data  # type: ignore[method-assign]
+    VLAModule.training_step = training_step  # type: ignore[method-assign]
+
+
+def send_a_signal(step: int) -> None:
+    plain_step = VLAModule.training_step
+
+    def training_step(self: VLAModule, batch: Any, batch_index: int) -> Tensor:
+        if self.trainer.global_step == step and processes()[0] == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return plain_step(self, batch, batch_index)
+
+    VLAModule.training_step = training_step  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     share_of_one_draw()
     record_losses(Path(sys.argv[1]))
+    for variable, act in {"HOLD_AT": hold_the_writer, "SIGNAL_AT": send_a_signal}.items():
+        if variable in os.environ:
+            act(int(os.environ[variable]))
     sys.exit(cli.main(sys.argv[2:]))

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from spear_lightning import cli
 from spear_lightning.errors import CheckpointError
+from spear_lightning.models import MogeEncoder
+from spear_lightning.models.moge import MogeV1
 from spear_lightning.policy import load_policy, read_checkpoint
 from spear_lightning.policy.sharded_files import META_FILE
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
@@ -30,16 +33,18 @@ SCRIPT = REPOSITORY / "tests" / "training" / "sharded_run.py"
 pytestmark = pytest.mark.slow
 
 
-def started(processes: int, result: Path, run: Path, data: Path, *options: str) -> subprocess.Popen[bytes]:
-    """Start a run; `processes` 0 means one process without the overlay."""
+def started(
+    processes: int, result: Path, run: Path, data: Path, *options: str, **variables: str
+) -> subprocess.Popen[bytes]:
+    """Start a run; `processes` 0 means one process without the overlay. Variables: see `sharded_run.py`."""
     launcher, overlay = [str(SCRIPT)], []
     if processes:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT)]
         overlay = [f"--config={OVERLAY}", f"--trainer.devices={processes}"]
     places = [f"--data.root={data}", f"--data.index_folder={data / 'indexes'}"]
     places += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
-    command = [str(result), "fit", f"--config={TWIN}", *overlay, *places, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [str(result), "fit", f"--config={data / 'vla.yaml'}", *overlay, *places, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     with (result.with_suffix(".log")).open("wb") as log:
         return subprocess.Popen([sys.executable, *launcher, *command], stdout=log, stderr=log, env=environment)
 
@@ -49,6 +54,19 @@ def finished(process: subprocess.Popen[bytes], result: Path) -> dict[int, float]
     return {int(step): loss for step, loss in json.loads(result.read_text()).items()}
 
 
+def write_twin(folder: Path) -> None:
+    """Write the twin's configuration with a MoGe that reads the layers its weights name: not the last four."""
+    shape = {"hidden_width": 16, "depth": 5, "heads": 2, "image_size": 28}
+    moge = MogeV1(MogeEncoder(**shape, layers=(0, 1, 2, 4)), projection=8, upsampled=(8, 8, 8), last=8)
+    weights = moge.save(folder / "moge.safetensors")
+    config = yaml.safe_load(TWIN.read_text())
+    encoders = config["model"]["init_args"]["policy"]["init_args"]["vla"]["init_args"]["vlm"]["init_args"][
+        "encoders"
+    ]
+    encoders["moge"]["init_args"] = {**shape, "layers": None, "weights": str(weights)}
+    (folder / "vla.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, and two which divide the weights and recompute blocks: the same experiment twice."""
@@ -56,8 +74,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "data"
     data.mkdir()
     write_demo_episodes(data, episodes=10, steps=8, height=32, width=48)
+    write_twin(data)
     one = started(0, folder / "one.json", folder / "one", data)
-    two = started(2, folder / "two.json", folder / "two", data, f"--config={RECOMPUTE}")
+    two = started(2, folder / "two.json", folder / "two", data, f"--config={RECOMPUTE}", HOLD_AT="4")
     finished(one, folder / "one.json")
     finished(two, folder / "two.json")
     return folder
@@ -98,6 +117,26 @@ def test_frozen_parts_are_untouched_and_have_no_state(runs: Path) -> None:
     assert saved.count(f"state_dict.{siglip[0]}") == saved.count(f"optimizer.exp_avg.{siglip[0]}") == 2
 
 
+def test_what_is_written_while_training_goes_on_is_the_state_when_it_was_asked_for(runs: Path) -> None:
+    """The writer of step 4 was held until step 5 was done; the same state had been written at once before."""
+    late, whole = (runs / "two" / name / "step_0000004.ckpt" for name in ("checkpoints", "whole"))
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in late.iterdir())
+    assert len(names) == 3
+    assert (late / META_FILE).read_bytes() == (whole / META_FILE).read_bytes()
+    for name in names[1:]:
+        saved, wanted = load_file(late / name), load_file(whole / name)
+        assert saved.keys() == wanted.keys()
+        assert {name.split(".")[0] for name in saved} == {"state_dict", "ema", "optimizer"}
+        assert all(tensor.numpy().tobytes() == wanted[name].numpy().tobytes() for name, tensor in saved.items())
+    assert not list((runs / "two" / "checkpoints").glob(".*"))
+
+
+def test_all_processes_read_the_layers_that_the_weights_name(runs: Path) -> None:
+    numbers = checkpoint(runs, "two", 2)["state_dict"]["policy.vla.vlm.encoders.moge.layer_numbers"]
+    assert numbers.tolist() == [0, 1, 2, 4]
+
+
 def test_two_processes_save_one_resumes_and_predicts(
     runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -126,16 +165,20 @@ def test_two_processes_save_one_resumes_and_predicts(
     assert not torch.equal(averaged[name], raw[name])
 
 
-def test_bfloat16_products_of_float32_weights(runs: Path) -> None:
-    """SigLIP trains from step 6 on only; a unit that was frozen at first has float32 gradients as well."""
+def test_bfloat16_products_of_float32_weights_until_a_signal_to_one_process(runs: Path) -> None:
+    """SigLIP trains from step 6 on only; a unit that was frozen at first has float32 gradients as well.
+
+    The signal comes in step 5 and is noticed after it; after step 6 both processes know.
+    """
     result = runs / "rounded.json"
-    rounded = finished(
-        started(2, result, runs / "rounded", runs / "data", "--trainer.precision=bf16-mixed"), result
-    )
+    options = ["--trainer.precision=bf16-mixed", "--trainer.callbacks+=spear_lightning.training.StopOnSignal"]
+    rounded = finished(started(2, result, runs / "rounded", runs / "data", *options, SIGNAL_AT="5"), result)
     whole = losses(runs, "one")
-    assert rounded == pytest.approx(whole, rel=0.02)
-    assert all(rounded[step] != whole[step] for step in whole)
-    saved = checkpoint(runs, "rounded", 9)
+    assert sorted(rounded) == list(range(7))
+    assert rounded == pytest.approx({step: whole[step] for step in rounded}, rel=0.02)
+    assert all(rounded[step] != whole[step] for step in rounded)
+    saved = checkpoint(runs, "rounded", 7)
+    assert saved["global_step"] == 7
     assert {tensor.dtype for name, tensor in saved["state_dict"].items() if "proj" in name} == {torch.float32}
 
 

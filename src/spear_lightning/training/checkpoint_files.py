@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from weakref import proxy
 
 import lightning as L
+import psutil
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.policy.sharded_files import read_folder
+from spear_lightning.training.checkpoint_writing import (
+    IN_BACKGROUND,
+    SaveUnderWay,
+    begin_file,
+    finish_saving,
+    new_stager,
+    remove,
+    save_under_way,
+    write_file,
+)
+
+log = logging.getLogger(__name__)
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -25,16 +43,56 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     single step across file systems. Reading accepts tensors and plain values alone.
     """
 
+    def __init__(self) -> None:
+        self.save_under_way = SaveUnderWay()
+        self._stager: DefaultStager | None = None
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint, at once or not at all."""
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            checkpoint: Lightning's entries.
+            path: The file.
+            storage_options: `IN_BACKGROUND` to return when all is copied to CPU memory; else it is on disk. Where
+                there is no room for the copy, the option does nothing.
+
+        Raises:
+            CheckpointError: If one that was begun earlier could not be written.
+        """
+        self.save_under_way.wait()
         final = Path(path)
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(f".{final.name}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
+        if storage_options != IN_BACKGROUND or not self._has_room_for(checkpoint):
+            write_file(checkpoint, final)
+            return
+        self._stager = self._stager or new_stager()
+        self.save_under_way.begin(begin_file(checkpoint, final, self._stager), final)
+
+    def _has_room_for(self, checkpoint: dict[str, Any]) -> bool:
+        if self._stager is not None:
+            return True
+        sizes: dict[int, int] = {}
+        apply_to_collection(checkpoint, Tensor, lambda tensor: sizes.update({tensor.data_ptr(): tensor.nbytes}))
+        needed = sum(sizes.values())
+        free = psutil.virtual_memory().available
+        if needed > free / 2:
+            log.warning(
+                "A copy of the checkpoint would take %.1f of %.1f GiB free memory: training waits for the disk",
+                needed / 2**30,
+                free / 2**30,
+            )
+        return needed <= free / 2
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint, once the one that is being written is complete."""
+        self.save_under_way.afterwards(lambda: remove(Path(path)))
+
+    def teardown(self) -> None:
+        """Wait for what is being written, and give the memory back."""
+        self.save_under_way.wait()
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
 
     def load_checkpoint(
         self,
@@ -68,9 +126,14 @@ class RunCheckpoint(ModelCheckpoint):
     Args:
         every_steps: Optimizer steps between checkpoints.
         keep: How many of the newest are kept; -1 keeps all.
+        asynchronous: Whether training goes on while a checkpoint is written. What is written is copied to CPU
+            memory first, where the copy's room stays reserved: 16 bytes a trained parameter with averages, 4 a
+            frozen one, divided among processes like the weights. The next checkpoint, and the end of training,
+            wait until it is on disk; a failure ends the training. `False`: training waits every time.
     """
 
-    def __init__(self, every_steps: int = 1000, keep: int = -1) -> None:
+    def __init__(self, every_steps: int = 1000, keep: int = -1, asynchronous: bool = True) -> None:
+        self.asynchronous = asynchronous
         # Keeping the newest is keeping the best by step.
         newest: dict[str, Any] = {"monitor": "step", "mode": "max"} if keep >= 0 else {}
         super().__init__(
@@ -84,28 +147,53 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save every so many steps, and the last step of `max_steps`.
+        """Save every so many steps, and the last step of `max_steps`; raise what befell a save in the background.
 
         Lightning resumes exactly from what is saved here; what is saved at the end of training counts a batch
         twice.
         """
+        if under_way := save_under_way(trainer):
+            under_way.check()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step == trainer.max_steps:
-            self.save_now(trainer)
+            self._save_once(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save a training that ended otherwise: by epochs or by time."""
+        """Save a training that ended otherwise, by epochs or by time; return when all is on disk."""
         super().on_train_end(trainer, pl_module)
         self.save_now(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let a save in the background complete; what ended the training is told, not what befell the save."""
+        super().on_exception(trainer, pl_module, exception)
+        try:
+            finish_saving(trainer)
+        except CheckpointError as error:
+            log.error("%s", error)
+
     def save_now(self, trainer: L.Trainer) -> None:
-        """Save, unless this step was saved already; all processes must call it."""
-        if self._last_global_step_saved == trainer.global_step:
-            return
-        step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)
-        path = self.format_checkpoint_name({"step": step, "epoch": epoch})
-        trainer.save_checkpoint(path)
+        """Save, unless this step was saved already, and wait until it is on disk; all processes must call it."""
+        self._save_once(trainer)
+        finish_saving(trainer)
+        trainer.strategy.barrier()
+
+    def _save_once(self, trainer: L.Trainer) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)
+            self._save_checkpoint(trainer, self.format_checkpoint_name({"step": step, "epoch": epoch}))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        # As Lightning does, but in the background; loggers may upload it, so they are told when it is complete.
+        under_way = save_under_way(trainer)
+        trainer.save_checkpoint(
+            filepath, storage_options=IN_BACKGROUND if self.asynchronous and under_way else None
+        )
         self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                notify = partial(logger.after_save_checkpoint, proxy(self))
+                under_way.afterwards(notify) if under_way else notify()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from spear_lightning.errors import CheckpointError, ConfigError
-from spear_lightning.policy.sharded_files import AVERAGES, META_FILE, OPTIMIZER, STATE, SavedTensors, read_meta
+from spear_lightning.policy.sharded_files import AVERAGES, OPTIMIZER, STATE, SavedTensors, read_meta
+from spear_lightning.training.checkpoint_writing import (
+    IN_BACKGROUND,
+    SaveUnderWay,
+    begin_folder,
+    new_stager,
+    partial_path,
+    remove,
+)
 from spear_lightning.training.freeze_schedule import FreezeSchedule
+from spear_lightning.training.sharding import heed_new_values
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -52,6 +62,9 @@ class ShardedStrategy(ModelParallelStrategy):
         super().__init__(process_group_backend=process_group_backend)
         self.shard_size = shard_size
         self.reshard_after_forward = reshard_after_forward
+        self.save_under_way = SaveUnderWay()
+        self._stager: DefaultStager | None = None
+        self._writers: dist.ProcessGroup | None = None
         self._path: Path | None = None
 
     @property
@@ -114,31 +127,45 @@ class ShardedStrategy(ModelParallelStrategy):
         Args:
             checkpoint: Lightning's entries.
             filepath: The folder; that of the first process counts.
-            storage_options: Not used.
+            storage_options: `IN_BACKGROUND` to return when all is copied to CPU memory; else it is on disk.
+
+        Raises:
+            CheckpointError: If it, or one that was begun earlier, could not be written by all processes.
         """
+        self.save_under_way.wait()
         path = Path(self.broadcast(filepath))
-        partial = path.with_name(f".{path.name}.partial")
+        if self._writers is None:
+            # Its own, since training goes on communicating in the others; CPUs need no GPU to talk.
+            self._writers = dist.new_group(backend="gloo")
+        self._stager = self._stager or new_stager()
         if self.global_rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial_path(path), ignore_errors=True)
         self.barrier()
         plain = dict(checkpoint)
         optimizers = plain.pop("optimizer_states", [])
         tensors = _named(STATE, plain.pop("state_dict")) | _named(AVERAGES, plain.pop("ema", {}))
         for state in optimizers:
             tensors |= _named(OPTIMIZER, state["tensors"])
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        plain["optimizer_states"] = [
+            {key: state[key] for key in ("scalars", "param_groups")} for state in optimizers
+        ]
+        self.save_under_way.begin(begin_folder(tensors, plain, path, self._stager, self._writers), path)
+        if storage_options != IN_BACKGROUND:
+            self.save_under_way.wait()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, once the one that is being written is complete."""
         if self.global_rank == 0:
-            plain["optimizer_states"] = [
-                {key: state[key] for key in ("scalars", "param_groups")} for state in optimizers
-            ]
-            with (partial / META_FILE).open("wb") as file:
-                torch.save(plain, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _remove(path)
-            partial.rename(path)
-        self.barrier()
+            self.save_under_way.afterwards(lambda: remove(Path(filepath)))
+
+    def teardown(self) -> None:
+        """Wait for what is being written, and end."""
+        self.save_under_way.wait()
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint's plain values and averages; weights and optimizer follow when these are checked.
@@ -171,9 +198,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Read this process's share of the weights of the checkpoint that was loaded last."""
         self._read(_named(STATE, self.lightning_module_state_dict()))
-        for part in self._network.modules():
-            for hook in part._load_state_dict_post_hooks.values():
-                hook(part, None)
+        heed_new_values(self._network)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Read this process's share of the optimizers' state of the checkpoint that was loaded last."""
@@ -239,10 +264,3 @@ def _check_groups(optimizer: Optimizer, saved: list[dict[str, Any]], names: dict
             expected=f"groups of {[len(group) for group in own]} parameters",
             remedy="use the configuration and the freeze schedule that the run was started with",
         )
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

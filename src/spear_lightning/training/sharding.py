@@ -89,6 +89,14 @@ def give_values(root: nn.Module, values: dict[str, Tensor] | None, device: torch
             if dist.get_world_size() > 1:
                 dist.broadcast(whole, src=0)
             tensor.copy_(whole)
+    heed_new_values(root)
+
+
+def heed_new_values(root: nn.Module) -> None:
+    """Let parts read the values that they keep as plain numbers too, as they do when a state is loaded."""
+    for part in root.modules():
+        for hook in part._load_state_dict_post_hooks.values():
+            hook(part, None)
 
 
 def let_frozen_parts_train_later(root: nn.Module) -> None:

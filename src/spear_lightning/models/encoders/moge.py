@@ -63,6 +63,8 @@ class MogeEncoder(Dinov2Encoder):
             self.register_load_state_dict_post_hook(MogeEncoder._take_layer_numbers)
 
     def _take_layer_numbers(self, _: object = None) -> None:
+        if self.layer_numbers.is_meta:
+            return  # another process has the values
         self.layers = self.checked_layers(self.layer_numbers.tolist())
 
     def load_pretrained(self) -> None:

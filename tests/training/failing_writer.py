@@ -1,0 +1,49 @@
+"""The second of two processes that write checkpoints: it writes one, fails to write one, and dies writing one.
+
+python failing_writer.py FOLDER
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from spear_lightning.errors import CheckpointError
+from spear_lightning.training import checkpoint_writing
+from spear_lightning.training.checkpoint_writing import SaveUnderWay, begin_folder, new_stager
+
+
+def join(folder: Path, rank: int) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+
+
+def begin(folder: Path, step: int, save: SaveUnderWay) -> None:
+    # Both processes have both tensors; torch lets each write one.
+    tensors = {f"state_dict.{number}": torch.full((3,), float(step)) for number in range(2)}
+    path = folder / f"step_{step}.ckpt"
+    save.begin(begin_folder(tensors, {"global_step": step}, path, new_stager()), path)
+
+
+def fail(*_: Any) -> None:
+    raise OSError("No space left on device")
+
+
+def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    join(Path(sys.argv[1]), rank=1)
+    writer, save = checkpoint_writing._FolderWriter, SaveUnderWay()
+    for step, write_data in enumerate((writer.write_data, fail, die), start=1):
+        writer.write_data = write_data  # type: ignore[method-assign]
+        begin(Path(sys.argv[1]), step, save)
+        with contextlib.suppress(CheckpointError):
+            save.wait()

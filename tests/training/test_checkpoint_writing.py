@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import failing_writer
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from spear_lightning.errors import CheckpointError
+from spear_lightning.policy.sharded_files import read_folder
+from spear_lightning.training import checkpoint_files, checkpoint_writing
+from spear_lightning.training.checkpoint_files import RunCheckpoint, WholeFileCheckpointIO
+from spear_lightning.training.checkpoint_writing import SaveUnderWay, begin_folder, new_stager
+from spear_lightning.training.ema import ExponentialMovingAverage
+
+Fit = Callable[..., L.Trainer]
+
+
+@pytest.fixture
+def fit(tiny_module: Any, tmp_path: Path) -> Fit:
+    """Trains ten steps, with a checkpoint every three in a folder of the given name."""
+
+    def run(name: str, *callbacks: Callback, **options: Any) -> L.Trainer:
+        checkpoints = RunCheckpoint(every_steps=3, **options)
+        checkpoints.dirpath = str(tmp_path / name)
+        trainer = L.Trainer(
+            callbacks=[ExponentialMovingAverage(decay=0.5), *callbacks, checkpoints],
+            plugins=[WholeFileCheckpointIO()],
+            max_steps=10,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(tiny_module(), DataLoader(torch.arange(20), batch_size=None))
+        return trainer
+
+    return run
+
+
+class Releases(Callback):
+    """Lets held writers go on when a step is done, and notes what lies in a folder just before."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder, self.released, self.seen = step, folder, threading.Event(), [""]
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.seen = sorted(path.name for path in self.folder.glob("*.ckpt"))
+            self.released.set()
+
+
+def held(monkeypatch: pytest.MonkeyPatch, releases: Releases, name: str) -> None:
+    """Hold the writer of one file until it is released."""
+    plain = checkpoint_writing.write_file
+
+    def write_file(checkpoint: Any, path: Path) -> None:
+        if path.name == name:
+            assert releases.released.wait(timeout=60)
+        plain(checkpoint, path)
+
+    monkeypatch.setattr(checkpoint_writing, "write_file", write_file)
+
+
+def assert_same(saved: Any, wanted: Any) -> None:
+    if isinstance(wanted, Mapping):
+        assert saved.keys() == wanted.keys()
+        for key in wanted:
+            assert_same(saved[key], wanted[key])
+    elif isinstance(wanted, (list, tuple)):
+        assert len(saved) == len(wanted)
+        for item, other in zip(saved, wanted, strict=True):
+            assert_same(item, other)
+    elif isinstance(wanted, torch.Tensor):
+        torch.testing.assert_close(saved, wanted, rtol=0, atol=0)
+    else:
+        assert saved == wanted
+
+
+def test_what_is_written_while_training_goes_on_is_the_state_when_it_was_asked_for(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("at once", asynchronous=False)
+    releases = Releases(5, tmp_path / "late")
+    held(monkeypatch, releases, "step_0000003.ckpt")
+    fit("late", releases)
+    assert releases.seen == []
+    names = [f"step_{step:07d}.ckpt" for step in (3, 6, 9, 10)]
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == names
+    for name in names:
+        saved, wanted = (torch.load(tmp_path / run / name, weights_only=True) for run in ("late", "at once"))
+        assert saved.keys() == wanted.keys()
+        for entry in saved.keys() - {"callbacks"}:
+            assert_same(saved[entry], wanted[entry])
+
+
+def test_an_older_checkpoint_goes_when_the_newer_one_is_complete(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases = Releases(8, tmp_path / "late")
+    held(monkeypatch, releases, "step_0000006.ckpt")
+    fit("late", releases, keep=1)
+    assert releases.seen == ["step_0000003.ckpt"]
+    # The end of training is kept besides.
+    left = sorted(path.name for path in (tmp_path / "late").iterdir())
+    assert left == ["step_0000009.ckpt", "step_0000010.ckpt"]
+
+
+def test_a_write_that_fails_ends_the_training_in_a_later_step(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 6 waits for what was begun after step 3."""
+
+    def full(checkpoint: Any, path: Path) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint_writing, "write_file", full)
+    releases = Releases(7, tmp_path / "late")
+    with pytest.raises(CheckpointError, match=r"(?s)step_0000003.*No space left"):
+        fit("late", releases)
+    assert not releases.released.is_set()
+
+
+def test_without_room_for_a_copy_training_waits(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    memory = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(checkpoint_files, "psutil", memory)
+    monkeypatch.setattr(checkpoint_files, "begin_file", None)
+    fit("late")
+    assert "training waits" in caplog.text
+    assert len(list((tmp_path / "late").glob("step_*.ckpt"))) == 4
+
+
+def test_a_folder_of_several_files_replaces_one_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writing, "FILE_BYTES", 1000)
+    tensors = {f"state_dict.{number}": torch.rand(100) for number in range(5)}
+    path = tmp_path / "step_1.ckpt"
+    path.mkdir()
+    (path / "old").touch()
+    begin_folder(tensors, {"global_step": 1}, path, new_stager()).result()
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    assert len(list(path.glob("*.safetensors"))) == 3
+    assert not (path / "old").exists()
+    assert_same(
+        dict(read_folder(path)["state_dict"]), {name.split(".")[1]: value for name, value in tensors.items()}
+    )
+
+
+def present(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*step*"))
+
+
+@pytest.mark.slow
+def test_when_another_process_fails_or_dies_this_one_is_told_and_no_folder_gets_a_name(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("failing_writer.py")
+    other = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    save, removed = SaveUnderWay(), []
+    failing_writer.join(tmp_path, rank=0)
+    try:
+        failing_writer.begin(tmp_path, 1, save)
+        save.wait()
+        assert present(tmp_path) == ["step_1.ckpt"]
+        failing_writer.begin(tmp_path, 2, save)
+        save.afterwards(lambda: removed.append("step_1.ckpt"))
+        with pytest.raises(CheckpointError, match=r"(?s)step_2.*No space left on device"):
+            save.wait()
+        assert present(tmp_path) == [".step_2.ckpt.partial", "step_1.ckpt"]
+        failing_writer.begin(tmp_path, 3, save)
+        with pytest.raises(CheckpointError, match="step_3"):
+            save.wait()
+    finally:
+        dist.destroy_process_group()
+    assert other.wait() == -signal.SIGKILL
+    assert present(tmp_path) == [".step_2.ckpt.partial", ".step_3.ckpt.partial", "step_1.ckpt"]
+    assert not removed
+    saved = read_folder(tmp_path / "step_1.ckpt")
+    assert_same(dict(saved["state_dict"]), {"0": torch.ones(3), "1": torch.ones(3)})

@@ -65,7 +65,7 @@ def _label(arguments: Sequence[str]) -> int:
     from spear_lightning.labeling.pipeline import LabelingRun
 
     parser = label_parser()
-    config = parser.instantiate_classes(parser.parse_args(with_images(arguments)))
+    config = parser.instantiate(parser.parse_args(with_images(arguments)))
     run = LabelingRun(**{name: config[name] for name in signature(LabelingRun).parameters})
     split = WorkSplit.from_environment()
     with _progress(split) as (bar, console):

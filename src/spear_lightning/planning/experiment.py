@@ -16,7 +16,7 @@ from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.training.activation_checkpointing import chosen_blocks
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.freeze_plan import FreezePlan, Phase
-from spear_lightning.training.meta_construction import build_networks_on_meta
+from spear_lightning.training.meta_construction import networks_on_meta
 from spear_lightning.training.optimizer import everything
 
 
@@ -131,10 +131,10 @@ def build_module(config: Mapping[str, Any]) -> SpearModule:
             # A real tokenizer would be downloaded; sizes do not depend on it.
             inner["prompt"].setdefault("init_args", {})["tokenizer"] = "byte"
     parser = ArgumentParser(exit_on_error=False)
-    build_networks_on_meta(parser)
     parser.add_subclass_arguments(SpearModule, "model", required=True)
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": wanted})).model
+        with networks_on_meta(parser):
+            return parser.instantiate(parser.parse_object({"model": wanted})).model
     except Exception as error:
         raise ConfigError("The model cannot be built", where="model", found=error) from error
 

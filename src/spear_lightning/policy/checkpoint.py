@@ -85,7 +85,7 @@ def build(base: type[Built], config: Mapping[str, Any], name: str) -> Built:
             where=f"spear.{name}",
             found=error,
         ) from error
-    built: Built = parser.instantiate_classes(parsed)[name]
+    built: Built = parser.instantiate(parsed)[name]
     built.config = copy.deepcopy(dict(config))
     return built
 

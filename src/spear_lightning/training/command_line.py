@@ -7,6 +7,7 @@ import copy
 import logging
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from spear_lightning.policy import read_checkpoint
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, newest_checkpoint
 from spear_lightning.training.configuration import KEPT_SECTIONS
-from spear_lightning.training.meta_construction import build_networks_on_meta, is_first_process
+from spear_lightning.training.meta_construction import is_first_process, networks_on_meta
 from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
@@ -50,12 +51,13 @@ class SpearCLI(LightningCLI):
         # Lightning would let hyper-parameters of the checkpoint silently win over YAML and options.
         return
 
-    def before_instantiate_classes(self) -> None:
+    def instantiate_classes(self) -> None:
         """Give networks no memory where the strategy hands out weights and another process has them."""
         strategy = self._get(self.config, "trainer.strategy")
         class_path = strategy if isinstance(strategy, str) else getattr(strategy, "class_path", "")
-        if class_path.rsplit(".", 1)[-1] == "ShardedStrategy" and not is_first_process():
-            build_networks_on_meta(self.parser)
+        elsewhere = class_path.rsplit(".", 1)[-1] == "ShardedStrategy" and not is_first_process()
+        with networks_on_meta(self.parser) if elsewhere else nullcontext():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Build the trainer; checkpoints go to the run's folder unless their callback names another."""

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 
-def build_networks_on_meta(parser: ArgumentParser) -> None:
-    """Let a parser build every `nn.Module` of a configuration on the meta device; all else as usual."""
+@contextmanager
+def networks_on_meta(parser: ArgumentParser) -> Iterator[None]:
+    """Let a parser build every `nn.Module` of a configuration on the meta device; all else as usual.
+
+    Lightning's modules hold networks; what they hold besides (metrics) is built as usual too.
+    """
 
     def on_meta(class_type: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
-        with torch.device("meta"):
+        usual = issubclass(class_type, L.LightningModule)
+        with nullcontext() if usual else torch.device("meta"):
             return class_type(*args, **kwargs)
 
-    with warnings.catch_warnings():
-        # jsonargparse has another way from 4.49 on, which Lightning's command line cannot pass on.
-        warnings.simplefilter("ignore")
-        parser.add_instantiator(on_meta, nn.Module, subclasses=True)
+    # Lightning's command line passes no instantiators on.
+    parser.instantiate = partial(parser.instantiate, instantiators=[(on_meta, nn.Module, True)])
+    try:
+        yield
+    finally:
+        del parser.instantiate
 
 
 def is_first_process() -> bool:

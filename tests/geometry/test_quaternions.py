@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -284,3 +286,10 @@ def test_normalize_reads_zero_as_the_identity_with_a_finite_gradient() -> None:
     normal.sum().backward()
     assert q.grad is not None
     assert torch.isfinite(q.grad).all()
+
+
+def test_importing_the_mathematics_does_not_bring_torch_s_compiler() -> None:
+    """It takes longer to import than torch itself, in every process that simulates or reads episodes."""
+    code = "import sys, spear_lightning.geometry; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

@@ -9,13 +9,15 @@ Leading dimensions broadcast, the dtype is kept, and everything is differentiabl
 two quaternions are compared, the arithmetic uses their sum and difference, which floating point
 computes almost without error where they are nearly equal or nearly opposite. arccos is never used: its
 derivative is infinite at 1.
+
+roma is imported where it is called: it brings torch's compiler with it, which takes longer to import than all that
+most processes need (simulators, indexers, the command line's answers).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import roma
 import torch
 from torch import Tensor
 
@@ -48,16 +50,22 @@ def normalize(q: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Return the Hamilton product a b, the rotation "first b, then a"; shapes (..., 4) broadcast."""
+    import roma
+
     return roma.quat_product(a, b)
 
 
 def conjugate(q: Tensor) -> Tensor:
     """Return the conjugate, which is the inverse rotation; (..., 4)."""
+    import roma
+
     return roma.quat_conjugation(q)
 
 
 def rotate(q: Tensor, v: Tensor) -> Tensor:
     """Rotate vectors v (..., 3) by unit quaternions q (..., 4); leading dimensions broadcast."""
+    import roma
+
     leading = torch.broadcast_shapes(q.shape[:-1], v.shape[:-1])
     return roma.quat_action(q.expand(*leading, 4), v.expand(*leading, 3), is_normalized=True)
 
@@ -247,6 +255,8 @@ def from_euler_xyz_extrinsic(rpy: Tensor) -> Tensor:
     Returns:
         (..., 4) unit quaternions of either sign.
     """
+    import roma
+
     return roma.euler_to_unitquat("xyz", rpy)
 
 
@@ -260,26 +270,36 @@ def to_euler_xyz_extrinsic(q: Tensor) -> Tensor:
         (..., 3) radians: roll and yaw in [-pi, pi], pitch in [-pi/2, pi/2]. At pitch +-pi/2 only roll -+ yaw
         is defined; one of the two is set to zero there, and gradients are undefined.
     """
+    import roma
+
     return roma.unitquat_to_euler("xyz", q)
 
 
 def from_rotvec(rotvec: Tensor) -> Tensor:
     """Convert rotation vectors (..., 3), axis times angle in radians, to unit quaternions (..., 4)."""
+    import roma
+
     return roma.rotvec_to_unitquat(rotvec)
 
 
 def to_rotvec(q: Tensor) -> Tensor:
     """Convert unit quaternions (..., 4) to the shortest rotation vectors (..., 3), norms in [0, pi]."""
+    import roma
+
     return roma.unitquat_to_rotvec(q)
 
 
 def from_matrix(matrix: Tensor) -> Tensor:
     """Convert rotation matrices (..., 3, 3) to unit quaternions (..., 4), w >= 0."""
+    import roma
+
     return canonicalize(roma.rotmat_to_unitquat(matrix))
 
 
 def to_matrix(q: Tensor) -> Tensor:
     """Convert unit quaternions (..., 4) to rotation matrices (..., 3, 3)."""
+    import roma
+
     return roma.unitquat_to_rotmat(q)
 
 

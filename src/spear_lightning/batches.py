@@ -121,6 +121,8 @@ class VqaBatch(TensorBatch):
         token_mask: bool (B, L), False for padding.
         answer_mask: bool (B, L), True for the tokens of the answers, eos included: what is to be predicted, each
             from the tokens before it. A sample about which nothing could be asked has none.
+        answer_places: int64 (T,), the places of these tokens in the flattened (B * L), in order. Whoever makes the
+            batch finds them: a GPU that is asked how many there are makes its process wait for all its work.
         coordinate_mask: bool (B, L), True for those of them that are 3D tokens.
         questions: B texts of questions.
         answers: B texts of answers.
@@ -139,6 +141,7 @@ class VqaBatch(TensorBatch):
     input_ids: Tensor
     token_mask: Tensor
     answer_mask: Tensor
+    answer_places: Tensor
     coordinate_mask: Tensor
     questions: list[str]
     answers: list[str]
@@ -157,6 +160,10 @@ class VqaBatch(TensorBatch):
     def labels(self) -> Tensor:
         """The ids of the answers' tokens, int64 (B, L), and -100 elsewhere; not shifted."""
         return self.input_ids.masked_fill(~self.answer_mask, IGNORED)
+
+    def at_answers(self, values_BL: Tensor) -> Tensor:
+        """Return the values (T,) at the answers' tokens, row by row, of values (B, L)."""
+        return values_BL.flatten().index_select(0, self.answer_places)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
         """Return the ids of the questions alone, int64 (B, P), 0 at the padding, and their mask, bool (B, P)."""

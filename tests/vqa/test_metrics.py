@@ -91,6 +91,7 @@ def test_losses_of_the_tokens_of_each_task() -> None:
         input_ids=ids,
         token_mask=ids != 0,
         answer_mask=answer_mask,
+        answer_places=answer_mask.flatten().nonzero()[:, 0],
         coordinate_mask=answer_mask,
         questions=[""] * 2,
         answers=[""] * 2,

@@ -100,8 +100,8 @@ class SphereRotation(RotationFlow):
 
 
 def _walk(q: Tensor, tangent: Tensor, dt: Tensor | float) -> Tensor:
-    dt = torch.as_tensor(dt, dtype=q.dtype, device=q.device).unsqueeze(-1)
-    return quaternions.exp(q, tangent * dt)
+    # A number stays one: a tensor made of it would be copied to the GPU, which the process would wait for.
+    return quaternions.exp(q, tangent * (dt.unsqueeze(-1) if isinstance(dt, Tensor) else dt))
 
 
 def _half_space_path(noise: Tensor, target: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:

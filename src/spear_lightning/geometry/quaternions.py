@@ -44,7 +44,7 @@ def normalize(q: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
     degenerate = norm <= torch.finfo(q.dtype).tiny
     identity = torch.zeros_like(q)
-    identity[..., 3] = 1.0
+    identity[..., 3].fill_(1.0)
     return torch.where(degenerate, identity, q / torch.where(degenerate, torch.ones_like(norm), norm))
 
 

@@ -9,9 +9,11 @@ import json
 import logging
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -274,7 +276,7 @@ class PromptTokenizer:
         """Encode instructions.
 
         Args:
-            texts: B instructions; "" is allowed.
+            texts: B instructions; "" is allowed. Each is encoded once, however often it is there.
 
         Returns:
             Token ids, int64 (B, max_length), and a mask, bool (B, max_length), False for padding (at the
@@ -282,17 +284,25 @@ class PromptTokenizer:
         """
         vocabulary = self.vocabulary
         room = self.max_length - 1 - len(vocabulary.newline)
-        input_ids = torch.full((len(texts), self.max_length), vocabulary.pad, dtype=torch.int64)
-        mask = torch.zeros((len(texts), self.max_length), dtype=torch.bool)
-        for row, ids in enumerate(vocabulary.encode(texts)):
+        # In a batch of robot data many have the same.
+        count_of = Counter(texts)
+        number_of = {text: number for number, text in enumerate(count_of)}
+        known_UL = np.full((len(count_of), self.max_length), vocabulary.pad, np.int64)
+        lengths_U = np.empty(len(count_of), np.int64)
+        for number, (text, ids) in enumerate(zip(count_of, vocabulary.encode(list(count_of)), strict=True)):
             if len(ids) > room:
-                self._count_cut(texts[row], len(ids), room)
+                self._count_cut(text, len(ids), room, count_of[text])
             prompt = [vocabulary.bos, *ids[:room], *vocabulary.newline]
-            input_ids[row, : len(prompt)] = torch.tensor(prompt)
-            mask[row, : len(prompt)] = True
+            known_UL[number, : len(prompt)] = prompt
+            lengths_U[number] = len(prompt)
+        row_B = np.fromiter((number_of[text] for text in texts), np.int64, len(texts))
+        input_ids = torch.empty((len(texts), self.max_length), dtype=torch.int64)
+        mask = torch.empty((len(texts), self.max_length), dtype=torch.bool)
+        input_ids.numpy()[:] = known_UL[row_B]
+        mask.numpy()[:] = np.arange(self.max_length) < lengths_U[row_B, None]
         return input_ids, mask
 
-    def _count_cut(self, text: str, length: int, room: int) -> None:
+    def _count_cut(self, text: str, length: int, room: int, times: int) -> None:
         if self.cut_prompts == 0:
             log.warning(
                 "An instruction of %d tokens is cut to %d, and so will be others (prompt.max_length=%d): %r",
@@ -301,7 +311,7 @@ class PromptTokenizer:
                 self.max_length,
                 text,
             )
-        self.cut_prompts += 1
+        self.cut_prompts += times
 
     def to_json(self) -> str:
         """Return everything needed to encode as now, without files or a network."""

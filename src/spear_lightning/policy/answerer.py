@@ -112,24 +112,26 @@ class Answerer(nn.Module):
         """Return the hidden states (T, D) from which the answers' tokens are predicted, row by row."""
         text_mask, answer_mask = batch.token_mask, batch.answer_mask
         hidden_BPD = self.vlm(batch.images, batch.image_mask, batch.input_ids, text_mask, answer_mask)
-        # A text begins with bos, so no answer begins at place 0 and nothing wraps around.
-        before_BL = answer_mask.roll(-1, dims=1)
-        return hidden_BPD[:, -answer_mask.shape[1] :][before_BL]
+        text, prefix = answer_mask.shape[1], hidden_BPD.shape[1]
+        row_T, place_T = batch.answer_places // text, batch.answer_places % text
+        # A text begins with bos, so no answer begins at place 0: the token before it is one of the text.
+        before_T = row_T * prefix + (prefix - text) + place_T - 1
+        return hidden_BPD.flatten(0, 1).index_select(0, before_T)
 
     def losses(self, batch: VqaBatch) -> tuple[Tensor, Tensor]:
         """Return the cross entropy of the answers' tokens, float32 (T,), and which are 3D tokens, bool (T,)."""
-        targets = batch.input_ids[batch.answer_mask]
+        targets = batch.at_answers(batch.input_ids)
         losses = token_losses(self.vlm.language_head, self.hidden_of_answers(batch), targets)
-        return losses, batch.coordinate_mask[batch.answer_mask]
+        return losses, batch.at_answers(batch.coordinate_mask)
 
     @torch.no_grad()
     def predictions(self, batch: VqaBatch) -> Predictions:
         """Return what the model says about the true answers' tokens."""
-        targets = batch.input_ids[batch.answer_mask]
+        targets = batch.at_answers(batch.input_ids)
         hidden_TD, head = self.hidden_of_answers(batch), self.vlm.language_head
         losses = token_losses(head, hidden_TD, targets)
         found = most_likely(head, hidden_TD) if len(targets) else targets
-        return Predictions(losses, found, targets, batch.coordinate_mask[batch.answer_mask])
+        return Predictions(losses, found, targets, batch.at_answers(batch.coordinate_mask))
 
     def answer_batch(self, batch: VqaBatch) -> list[str]:
         """Write the most likely answer to the questions of every sample; "" where it came to no end."""

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from spear_lightning.errors import CheckpointError, ConfigError, SpearError
@@ -24,6 +24,7 @@ from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, new
 from spear_lightning.training.configuration import KEPT_SECTIONS
 from spear_lightning.training.meta_construction import is_first_process, networks_on_meta
 from spear_lightning.training.option_help import explain_options
+from spear_lightning.training.progress_bar import LossProgressBar
 from spear_lightning.training.tracking import RunRecord, continue_tracked_run
 
 log = logging.getLogger(__name__)
@@ -67,9 +68,14 @@ class SpearCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         if not options.get("plugins") and isinstance(options.get("strategy"), str):
             kwargs["plugins"] = [WholeFileCheckpointIO()]
-        if not any(isinstance(callback, ModelCheckpoint) for callback in options.get("callbacks") or []):
+        callbacks = list(options.get("callbacks") or [])
+        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             # Lightning's default writes a checkpoint per epoch, under another name and in another place.
             kwargs["enable_checkpointing"] = False
+        if options.get("enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in callbacks
+        ):
+            kwargs["callbacks"] = [*callbacks, LossProgressBar()]
         trainer = super().instantiate_trainer(**kwargs)
         if self.subcommand == "predict" and isinstance(self.model, SpearModule):
             trainer.callbacks.append(self.model.prediction_writer())  # type: ignore[attr-defined]

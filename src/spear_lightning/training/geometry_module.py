@@ -153,7 +153,8 @@ class GeometryModule(SpearModule):
             self.log(
                 f"{stage}/{'loss' if name == 'total' else name}",
                 value.detach(),
-                prog_bar=name == "total",
+                # Lightning reads such values in every step, and waits for the GPU.
+                prog_bar=validating and name == "total",
                 batch_size=count,
                 sync_dist=validating,
                 on_step=not validating,

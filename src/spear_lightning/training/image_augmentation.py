@@ -12,7 +12,7 @@ from torch import Tensor
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import ConfigError
 
-_LUMA = ((0.299,), (0.587,), (0.114,))
+_LUMA = (0.299, 0.587, 0.114)
 
 
 class ImageAugmentation:
@@ -56,7 +56,9 @@ class ImageAugmentation:
         if self.crop < 1:
             image_B3HW = _cropped(image_B3HW, 1 - (1 - self.crop) * drawn_6B[0].abs(), drawn_6B[1:3])
         brightness, contrast, saturation = drawn_6B[3:, :, None, None, None]
-        luma_B1HW = (image_B3HW * image_B3HW.new_tensor(_LUMA)[..., None]).sum(1, keepdim=True)
+        # Numbers, not a tensor of them: that would be copied to the GPU, which the process would wait for.
+        red, green, blue = image_B3HW.split(1, dim=1)
+        luma_B1HW = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
         image_B3HW = torch.lerp(image_B3HW, luma_B1HW, self.saturation * saturation)
         mean_B111 = luma_B1HW.mean((1, 2, 3), keepdim=True)
         image_B3HW = torch.lerp(image_B3HW, mean_B111, self.contrast * contrast)

@@ -213,7 +213,8 @@ class VLAModule(SpearModule):
             self.log(
                 name,
                 value.detach(),
-                prog_bar=name == f"{stage}/loss",
+                # Lightning reads such values in every step, and waits for the GPU.
+                prog_bar=validating and name == f"{stage}/loss",
                 batch_size=len(batch),
                 sync_dist=validating,
                 on_step=not validating,

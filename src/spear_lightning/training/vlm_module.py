@@ -158,12 +158,12 @@ class VLMModule(SpearModule):
         """Return the loss of one batch."""
         losses_T, is_coordinate_T = self.answerer.losses(batch)
         weight = self.coordinate_weight(self.trainer.global_step)
-        count = losses_T.new_tensor(float(len(losses_T)))
+        count = losses_T.new_full((), len(losses_T))
         if self.trainer.world_size > 1:
             # Processes have different numbers of tokens: each token counts as much, wherever it is.
             count = self.trainer.strategy.reduce(count, reduce_op="mean")
         loss = torch.where(is_coordinate_T, weight * losses_T, losses_T).sum() / count.clamp(min=1)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
         for name, mask_T in _kinds(is_coordinate_T).items():
             mean = (losses_T.detach() * mask_T).sum() / mask_T.sum().clamp(min=1)
             self.log(f"train/{name}", mean, batch_size=len(batch))

@@ -95,6 +95,7 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
             input_ids=text.input_ids,
             token_mask=text.token_mask,
             answer_mask=text.answer_mask,
+            answer_places=text.answer_mask.flatten().nonzero()[:, 0],
             coordinate_mask=text.coordinate_mask,
             questions=[example.question for example in examples],
             answers=[example.answer for example in examples],

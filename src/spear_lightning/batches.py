@@ -31,7 +31,9 @@ class TensorBatch:
             if isinstance(value, Tensor):
                 changed[field.name] = function(value)
             elif isinstance(value, dict):
-                changed[field.name] = {name: function(tensor) for name, tensor in value.items()}
+                changed[field.name] = {
+                    name: function(item) if isinstance(item, Tensor) else item for name, item in value.items()
+                }
         return replace(self, **changed)  # type: ignore[type-var]
 
     def tensors(self) -> Iterator[Tensor]:
@@ -41,7 +43,7 @@ class TensorBatch:
             if isinstance(value, Tensor):
                 yield value
             elif isinstance(value, dict):
-                yield from value.values()
+                yield from (item for item in value.values() if isinstance(item, Tensor))
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Say that a stream works on the batch: its memory is not used again before that work is done."""
@@ -73,6 +75,8 @@ class RobotBatch(TensorBatch):
         action_mask: bool (B, H), False for targets past the end of the episode.
         dataset: int64 (B,), which dataset of the mixture a sample is from.
         position: int64 (B,), the sample's position in the global sample stream (its identity).
+        present: Camera name -> how many samples have it; counted when the batch leaves CPU memory, since counting
+            on a GPU would wait for it.
     """
 
     images: dict[str, Tensor]
@@ -83,9 +87,21 @@ class RobotBatch(TensorBatch):
     action_mask: Tensor
     dataset: Tensor
     position: Tensor
+    present: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return self.state.shape[0]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RobotBatch:
+        """Return the batch with its tensors on ``device``, and its cameras counted."""
+        counted = replace(self, present=self.cameras_present())
+        return counted._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def cameras_present(self) -> dict[str, int]:
+        """Return camera name -> how many samples have it."""
+        if self.present is not None:
+            return self.present
+        return {name: int(mask_B.sum()) for name, mask_B in self.image_mask.items()}
 
     def with_images(self, images: dict[str, Tensor]) -> RobotBatch:
         """Return the batch with other pixels."""

@@ -51,8 +51,8 @@ MOST_AFTER_THE_BELL = 2
 class Cashier:
     """Notes questions whose reply lay in the cache already when they were asked, and rings at a chosen one.
 
-    Two replies after the bell it serves nobody until the process that asks is gone: however fast the machine is, it
-    cannot have finished everything before it is killed.
+    Two replies after the bell it serves nobody until the process that asks is gone: however fast the machine is,
+    not everything can be finished before the kill.
     """
 
     def __init__(self, images: Path, replies: Path) -> None:

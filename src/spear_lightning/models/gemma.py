@@ -5,7 +5,7 @@ called. It returns its keys and values and takes those of a context as an argume
 that grows with every call: a context can be used many times, gradients flow through it, and blocks can be
 compiled, sharded and recomputed one by one.
 
-Legend: B batch, L tokens, K tokens attended to, D width, H heads, d channels of a head.
+Legend: B batch, L tokens, K tokens attended to, D width, H heads, G key and value heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm, repeat_kv
 
 from spear_lightning.models.gemma_shape import GemmaShape
+from spear_lightning.models.packing import Packing, fold_heads, packed_attention, unfold_heads
 from spear_lightning.models.rotary import Rotation, rotate, rotation_at
 
 _ROWS_AT_ONCE = 16384
@@ -55,7 +56,7 @@ class GemmaAttention(nn.Module):
         )
 
     def forward(
-        self, hidden_BLD: Tensor, rotation: Rotation, mask: Tensor | None, context: KeyValue | None
+        self, hidden_BLD: Tensor, rotation: Rotation, mask: Tensor | Packing | None, context: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
         """Attend; see `GemmaBlock.forward`."""
         own = self.key_value(hidden_BLD, rotation)
@@ -63,15 +64,41 @@ class GemmaAttention(nn.Module):
         key, value = own
         if context is not None:
             key, value = torch.cat([context.key, key], dim=2), torch.cat([context.value, value], dim=2)
-        grouped = self.groups > 1 and mask is None
-        if self.groups > 1 and mask is not None:
-            # With a mask, grouped heads would leave CUDA nothing but its slowest attention kernel.
-            key, value = repeat_kv(key, self.groups), repeat_kv(value, self.groups)
-        attended_BHLd = F.scaled_dot_product_attention(query_BHLd, key, value, attn_mask=mask, enable_gqa=grouped)
+        attended_BHLd = attend(query_BHLd, key, value, mask)
         return self.o_proj(attended_BHLd.transpose(1, 2).flatten(2)), own
 
     def _heads(self, projected_BLX: Tensor) -> Tensor:
         return projected_BLX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def attend(query_BHLd: Tensor, key_BGKd: Tensor, value_BGKd: Tensor, mask: Tensor | Packing | None) -> Tensor:
+    """Grouped-query attention in whichever form keeps CUDA on a fast kernel.
+
+    Args:
+        query_BHLd: (B, H, L, d).
+        key_BGKd: (B, G, K, d); G divides H.
+        value_BGKd: (B, G, K, d).
+        mask: See `GemmaBlock.forward`.
+
+    Returns:
+        (B, H, L, d).
+    """
+    if isinstance(mask, Packing):
+        return packed_attention(query_BHLd, key_BGKd, value_BGKd, mask)
+    groups = query_BHLd.shape[1] // key_BGKd.shape[1]
+    if mask is None or groups == 1:
+        return F.scaled_dot_product_attention(
+            query_BHLd, key_BGKd, value_BGKd, attn_mask=mask, enable_gqa=groups > 1
+        )
+    # With a mask, grouped heads would leave CUDA nothing but its slowest attention kernel. Folding repeats rows of
+    # the mask, if it has rows, instead of keys and values: cheaper where the queries are few.
+    few_rows = mask.shape[2] == 1 or query_BHLd.shape[2] * 8 <= key_BGKd.shape[2]
+    if key_BGKd.shape[1] == 1 and few_rows:
+        folded, mask = fold_heads(query_BHLd, mask)
+        attended = F.scaled_dot_product_attention(folded, key_BGKd, value_BGKd, attn_mask=mask)
+        return unfold_heads(attended, groups)
+    key, value = repeat_kv(key_BGKd, groups), repeat_kv(value_BGKd, groups)
+    return F.scaled_dot_product_attention(query_BHLd, key, value, attn_mask=mask)
 
 
 class GemmaBlock(nn.Module):
@@ -93,7 +120,7 @@ class GemmaBlock(nn.Module):
         self,
         hidden_BLD: Tensor,
         rotation: Rotation,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         context: KeyValue | None = None,
         key_value_only: bool = False,
     ) -> tuple[Tensor, KeyValue]:
@@ -103,7 +130,8 @@ class GemmaBlock(nn.Module):
             hidden_BLD: Tokens (B, L, D).
             rotation: Rotation at the tokens' positions.
             mask: bool, broadcastable to (B, 1, L, K), True = attend; K counts the context's tokens first,
-                then the block's own. `None`: every token attends to all.
+                then the block's own. `None`: every token attends to all. A `Packing`: the tokens are a packed row
+                (1, T, D), in which every token attends to its own sample; without context.
             context: Keys and values of earlier tokens to attend to as well.
             key_value_only: Compute nothing but keys and values.
 
@@ -173,7 +201,9 @@ class GemmaTransformer(nn.Module):
             collected.append(own)
         return self.norm(hidden_BLD), collected
 
-    def key_values(self, hidden_BLD: Tensor, positions_BL: Tensor, mask: Tensor | None = None) -> list[KeyValue]:
+    def key_values(
+        self, hidden_BLD: Tensor, positions_BL: Tensor, mask: Tensor | Packing | None = None
+    ) -> list[KeyValue]:
         """Return the keys and values of every block, and compute nothing beyond the last ones.
 
         Args:

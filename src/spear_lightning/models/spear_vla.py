@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,20 @@ from torch import Tensor, nn
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.models.action_expert import ActionExpert
 from spear_lightning.models.gemma import KeyValue
+from spear_lightning.models.packing import pack_real_tokens
 from spear_lightning.models.spear_vlm import SpearVLM, positions_of
+
+
+class RealTokens(NamedTuple):
+    """How much of a padded batch is real, as numbers that need no question to the device.
+
+    Attributes:
+        images: Camera name -> how many samples have it.
+        text: Text tokens in all samples together.
+    """
+
+    images: dict[str, int]
+    text: int
 
 
 @dataclass(frozen=True)
@@ -73,21 +87,36 @@ class SpearVLA(nn.Module):
         image_mask: Mapping[str, Tensor] | None,
         input_ids: Tensor,
         text_mask: Tensor | None,
+        real: RealTokens | None = None,
     ) -> Prefix:
         """Encode an observation.
 
-        With both masks `None` the attention needs no mask, which lets CUDA use its fastest kernels.
+        With both masks `None` the attention needs no mask, which lets CUDA use its fastest kernels. With masks and
+        the numbers of what is real, absent images are not encoded, and the language model reads the real tokens of
+        all samples in one row: the result is the same, without the work on padding.
 
         Args:
             images: Camera name -> uint8 RGB (B, 3, H, W), in the order the model sees them.
             image_mask: Camera name -> bool (B,), False where a sample lacks the camera; `None`: all present.
             input_ids: int64 (B, L), see `PromptTokenizer`.
             text_mask: bool (B, L), False for padding; `None`: no padding.
+            real: How much of it is real; `None` computes padding as well.
         """
-        tokens_BPD, mask_BP = self.vlm.embed_prefix(images, image_mask, input_ids, text_mask)
+        present = None if real is None else real.images
+        tokens_BPD, mask_BP = self.vlm.embed_prefix(images, image_mask, input_ids, text_mask, present)
         positions = positions_of(tokens_BPD, mask_BP)
-        mask = None if mask_BP is None else mask_BP[:, None, None]
-        return Prefix(self.vlm.language_model.key_values(tokens_BPD, positions, mask), mask_BP, positions)
+        language_model = self.vlm.language_model
+        if mask_BP is None or real is None:
+            mask = None if mask_BP is None else mask_BP[:, None, None]
+            return Prefix(language_model.key_values(tokens_BPD, positions, mask), mask_BP, positions)
+        visual = self.vlm.visual_tokens(images)
+        count = real.text + sum(visual[camera] * number for camera, number in real.images.items())
+        packing = pack_real_tokens(mask_BP, count)
+        packed = language_model.key_values(packing.pack(tokens_BPD), packing.pack(positions), packing)
+        key_values = [
+            KeyValue(*(packing.unpack(part.transpose(1, 2)).transpose(1, 2) for part in pair)) for pair in packed
+        ]
+        return Prefix(key_values, mask_BP, positions)
 
     def velocity(self, prefix: Prefix, state: Tensor, noisy: Tensor, tau: Tensor) -> Tensor:
         """Predict the flow's velocity at a point of its path.

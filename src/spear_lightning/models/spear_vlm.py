@@ -5,6 +5,7 @@ Legend: B batch, N visual tokens of a camera, L text tokens, P prefix tokens (ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -32,6 +33,9 @@ class SpearVLM(nn.Module):
             PaliGemma's own; the others' start random.
         fusion: Joins the encoders' projected tokens; `None` takes their mean.
         weights: PaliGemma's weights: hub id, folder or file; `None` keeps the random ones.
+        packed: Whether training spares the work on padding: images that samples lack are not encoded, and the
+            language model reads the real tokens of all samples in one row. The results are the same. It pays
+            where the model is large and much is padded; a small model takes longer for the extra steps.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class SpearVLM(nn.Module):
         encoders: dict[str, VisionEncoder],
         fusion: Fusion | None = None,
         weights: str | None = None,
+        packed: bool = False,
     ) -> None:
         super().__init__()
         patch_sizes = {name: encoder.patch_size for name, encoder in encoders.items()}
@@ -52,6 +57,7 @@ class SpearVLM(nn.Module):
             )
         self.language = language
         self.weights = weights
+        self.packed = packed
         self.encoders = nn.ModuleDict(encoders)
         self.projections = nn.ModuleDict(
             {name: nn.Linear(encoder.width, language.width) for name, encoder in encoders.items()}
@@ -74,11 +80,24 @@ class SpearVLM(nn.Module):
         """Return the encoders by name."""
         return {name: cast(VisionEncoder, encoder) for name, encoder in self.encoders.items()}
 
-    def encode_images(self, images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn pixels into visual tokens.
+    def visual_tokens(self, images: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return camera name -> how many tokens an image (B, 3, H, W) of it becomes."""
+        encoder = next(iter(self.vision_encoders().values()))
+        return {camera: math.prod(encoder.grid(*pixels.shape[-2:])) for camera, pixels in images.items()}
+
+    def encode_images(
+        self,
+        images: Mapping[str, Tensor],
+        image_mask: Mapping[str, Tensor] | None = None,
+        present: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Turn pixels into visual tokens; cameras of one size pass the encoders together.
 
         Args:
             images: Camera name -> uint8 RGB (B, 3, H, W); cameras may differ in size.
+            image_mask: Camera name -> bool (B,), False where a sample lacks the camera.
+            present: Camera name -> how many samples have it. With it, images that samples lack are not encoded,
+                and their tokens are zero.
 
         Returns:
             Camera name -> fused tokens (B, N, D), N = (H / patch)(W / patch).
@@ -86,11 +105,31 @@ class SpearVLM(nn.Module):
         Raises:
             ConfigError: If H or W is not a multiple of the patch size.
         """
-        fused = {}
-        for camera, pixels in images.items():
-            tokens = {name: self.projections[name](encoder(pixels)) for name, encoder in self.encoders.items()}
-            fused[camera] = self.fusion(tokens)
-        return fused
+        rows, shown = {}, dict(images)
+        if image_mask is not None and present is not None:
+            for camera, count in present.items():
+                if count < len(images[camera]):
+                    # At least one, so that every process runs every encoder as often as all others.
+                    order_B = torch.argsort(image_mask[camera], descending=True, stable=True)
+                    rows[camera] = order_B[: max(1, count)]
+                    shown[camera] = images[camera].index_select(0, rows[camera])
+        sizes: dict[torch.Size, list[str]] = {}
+        for camera, pixels in shown.items():
+            sizes.setdefault(pixels.shape[1:], []).append(camera)
+        fused: dict[str, Tensor] = {}
+        for cameras in sizes.values():
+            counts = [len(shown[camera]) for camera in cameras]
+            tokens_XND = self._encode(torch.cat([shown[camera] for camera in cameras]))
+            fused.update(zip(cameras, tokens_XND.split(counts), strict=True))
+        for camera, rows_X in rows.items():
+            size = (len(images[camera]), *fused[camera].shape[1:])
+            fused[camera] = fused[camera].new_zeros(size).index_copy(0, rows_X, fused[camera])
+        return {camera: fused[camera] for camera in images}
+
+    def _encode(self, pixels_X3HW: Tensor) -> Tensor:
+        return self.fusion(
+            {name: self.projections[name](encoder(pixels_X3HW)) for name, encoder in self.encoders.items()}
+        )
 
     def embed_prefix(
         self,
@@ -98,6 +137,7 @@ class SpearVLM(nn.Module):
         image_mask: Mapping[str, Tensor] | None,
         input_ids: Tensor,
         text_mask: Tensor | None,
+        present: Mapping[str, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embed cameras and text.
 
@@ -106,6 +146,7 @@ class SpearVLM(nn.Module):
             image_mask: Camera name -> bool (B,), False where a sample lacks the camera; `None`: all present.
             input_ids: int64 (B, L), see `PromptTokenizer`.
             text_mask: bool (B, L), False for padding; `None`: no padding.
+            present: See `encode_images`.
 
         Returns:
             Embedded tokens (B, P, D) and which of them are real, bool (B, P), or `None` where all are.
@@ -113,7 +154,7 @@ class SpearVLM(nn.Module):
         Raises:
             ShapeError: If a camera has no mask.
         """
-        visual = self.encode_images(images)
+        visual = self.encode_images(images, image_mask, present)
         text_BLD = self.language_model.embed(input_ids)
         parts = [*visual.values()]
         # The blocks work in the type of the visual tokens: bfloat16 under autocast.

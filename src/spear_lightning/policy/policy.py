@@ -18,7 +18,7 @@ from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.flow import ActionFlow
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.poses import ChunkMode
-from spear_lightning.models import PromptTokenizer, SpearVLA
+from spear_lightning.models import Prefix, PromptTokenizer, RealTokens, SpearVLA
 from spear_lightning.policy.normalizer import ActionNormalizer
 from spear_lightning.robot_data.images import CameraSpec, fit_image
 
@@ -52,7 +52,7 @@ class PolicyInterface:
 
 @dataclass
 class PolicyInputs:
-    """A batch as the network takes it: B samples, L text tokens, H horizon."""
+    """A batch as the network takes it: B samples, L text tokens, H horizon; `real` only for a packed model."""
 
     images: dict[str, Tensor]
     image_mask: dict[str, Tensor]
@@ -60,6 +60,7 @@ class PolicyInputs:
     text_mask: Tensor
     state: Tensor
     actions: Tensor
+    real: RealTokens | None
 
 
 class Policy(nn.Module):
@@ -104,6 +105,8 @@ class Policy(nn.Module):
     def prepare(self, batch: RobotBatch) -> PolicyInputs:
         """Tokenise and normalise a batch, on the device its tensors are on."""
         input_ids, text_mask = self.prompt.encode(batch.instructions)
+        packed = self.vla.vlm.packed
+        real = RealTokens(batch.cameras_present(), int(text_mask.sum())) if packed else None
         device = batch.state.device
         if device.type == "cuda":
             # From ordinary memory the copy would wait until the GPU has done all its work.
@@ -115,6 +118,7 @@ class Policy(nn.Module):
             text_mask=text_mask.to(device, non_blocking=True),
             state=self.normalizer.normalize_state(batch.state),
             actions=self.normalizer.normalize_actions(batch.actions),
+            real=real,
         )
 
     def losses(self, batch: RobotBatch, generator: torch.Generator, flow_samples: int = 1) -> dict[str, Tensor]:
@@ -128,7 +132,7 @@ class Policy(nn.Module):
         """
         inputs = self.prepare(batch)
         sample = self.flow.sample_path(_repeated(inputs.actions, flow_samples), generator)
-        prefix = self.vla.encode_prefix(inputs.images, inputs.image_mask, inputs.input_ids, inputs.text_mask)
+        prefix = self._prefix(inputs)
         state = _repeated(inputs.state, flow_samples)
         velocity_BHA = self.vla.velocity(prefix.repeated(flow_samples), state, sample.noisy, sample.tau)
         return self.flow.losses(velocity_BHA, sample, _repeated(batch.action_mask, flow_samples))
@@ -153,7 +157,7 @@ class Policy(nn.Module):
             float32 (B, H, 8) in physical units, gripper clamped to [0, 1].
         """
         inputs = self.prepare(batch)
-        prefix = self.vla.encode_prefix(inputs.images, inputs.image_mask, inputs.input_ids, inputs.text_mask)
+        prefix = self._prefix(inputs)
 
         def velocity(noisy_BHA: Tensor, tau_B: Tensor) -> Tensor:
             return self.vla.velocity(prefix, inputs.state, noisy_BHA, tau_B)
@@ -164,6 +168,11 @@ class Policy(nn.Module):
         actions_BH8 = self.normalizer.unnormalize_actions(actions_BH8)
         pose, gripper = actions_BH8.split([7, 1], dim=-1)
         return torch.cat([pose, gripper.clamp(0, 1)], dim=-1)
+
+    def _prefix(self, inputs: PolicyInputs) -> Prefix:
+        return self.vla.encode_prefix(
+            inputs.images, inputs.image_mask, inputs.input_ids, inputs.text_mask, inputs.real
+        )
 
     def act(
         self,

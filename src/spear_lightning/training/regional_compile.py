@@ -24,11 +24,12 @@ log = logging.getLogger(__name__)
 class RegionalCompile(Callback):
     """Compiles blocks with `torch.compile` before a run's first step; names of parameters stay as they are.
 
-    Shapes are taken as fixed: each new one (the last batch of a validation, say) costs a compilation.
-
     Args:
         blocks: Dotted names of modules relative to the network, as `vlm.encoders.*.stem`, where `*` stands for
             anything between two dots. `null` takes the entries of every `ModuleList` of the network.
+        dynamic: `False`: shapes are fixed, each new one (the last batch of a validation, say) costs a compilation.
+            `null`: a size that changed once may change from then on at no further cost, as a packed model's number
+            of tokens does.
         mode: Passed to `torch.compile`.
         backend: Passed to `torch.compile`.
     """
@@ -36,11 +37,12 @@ class RegionalCompile(Callback):
     def __init__(
         self,
         blocks: list[str] | None = None,
+        dynamic: bool | None = False,
         mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
         backend: str = "inductor",
     ) -> None:
         self.blocks = blocks
-        self.options: dict[str, Any] = {"mode": mode, "backend": backend, "dynamic": False}
+        self.options: dict[str, Any] = {"mode": mode, "backend": backend, "dynamic": dynamic}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compile at the start of `fit`; other stages see few batches, and run as they are."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.constant_mean_baseline import ConstantMeanBaseline
     from spear_lightning.training.ema import ExponentialMovingAverage
     from spear_lightning.training.first_validation import FirstValidation
+    from spear_lightning.training.float8_products import Float8Products
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
     from spear_lightning.training.geometry_data_module import GeometryDataModule
     from spear_lightning.training.geometry_module import GeometryModule
@@ -38,6 +39,7 @@ _HOMES = {
     "ConstantMeanBaseline": "constant_mean_baseline",
     "ExponentialMovingAverage": "ema",
     "FirstValidation": "first_validation",
+    "Float8Products": "float8_products",
     "FreezeSchedule": "freeze_schedule",
     "GeometryDataModule": "geometry_data_module",
     "GeometryModule": "geometry_module",
@@ -63,6 +65,7 @@ __all__ = [
     "ConstantMeanBaseline",
     "ExponentialMovingAverage",
     "FirstValidation",
+    "Float8Products",
     "FreezeSchedule",
     "GeometryDataModule",
     "GeometryModule",

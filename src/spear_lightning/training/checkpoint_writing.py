@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IN_BACKGROUND = {"in_background": True}
 """Storage options of `trainer.save_checkpoint` that let it return before the checkpoint is on disk."""
 
-FILE_BYTES = 2**28
+FILE_BYTES = 2**27
 """Size at which a process begins another file: building one halts its Python, and takes as much memory again."""
 
 

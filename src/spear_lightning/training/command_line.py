@@ -16,6 +16,8 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from spear_lightning.errors import CheckpointError, ConfigError, SpearError
 from spear_lightning.policy import read_checkpoint
@@ -66,8 +68,11 @@ class SpearCLI(LightningCLI):
             # A prediction is no run to be tracked; its result is a file and a table.
             kwargs["logger"] = False
         options = self._get(self.config_init, "trainer")
-        if not options.get("plugins") and isinstance(options.get("strategy"), str):
-            kwargs["plugins"] = [WholeFileCheckpointIO()]
+        plugins = options.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        whole_weights = isinstance(options.get("strategy"), (str, DDPStrategy))
+        if whole_weights and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeFileCheckpointIO()]
         callbacks = list(options.get("callbacks") or [])
         if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
             # Lightning's default writes a checkpoint per epoch, under another name and in another place.

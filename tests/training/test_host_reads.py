@@ -5,6 +5,7 @@ Steps are then told to the GPU ahead of time, and what passes between two of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from host_reads import HostReads, StepWatch
 from spear_lightning import cli
 from spear_lightning.labeling.demo_labels import write_demo_labels
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
+from spear_lightning.worlds.tabletop.depth_pictures import write_depth_pictures
 
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf"
 AUGMENTATION = '{"class_path": "spear_lightning.training.ImageAugmentation"}'
@@ -33,9 +35,24 @@ def write_labels(root: Path) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize(("name", "write"), [("vla", write_episodes), ("vlm", write_labels)])
-def test_a_step_reads_nothing_back(tmp_path: Path, name: str, write: object) -> None:
-    options = write(tmp_path / "data")  # type: ignore[operator]
+def write_pictures(root: Path) -> list[str]:
+    write_depth_pictures(root / "depth", 40, size=(56, 42), processes=1, shard_size=40)
+    return []
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "drawn"),
+    [
+        pytest.param("vla", write_episodes, 0, id="vla"),
+        pytest.param("vlm", write_labels, 0, id="vlm"),
+        # The number of tokens, drawn in CPU memory.
+        pytest.param("geometry", write_pictures, 1, id="geometry"),
+    ],
+)
+def test_a_step_reads_nothing_back(
+    tmp_path: Path, name: str, write: Callable[[Path], list[str]], drawn: int
+) -> None:
+    options = write(tmp_path / "data")
     StepWatch.found = ["the step was not reached"]
     arguments = [
         f"--config={CONFIGURATIONS / name}.yaml",
@@ -53,7 +70,7 @@ def test_a_step_reads_nothing_back(tmp_path: Path, name: str, write: object) -> 
         '--trainer.callbacks+={"class_path": "host_reads.StepWatch", "init_args": {"step": 8}}',
     ]
     assert cli.main(["fit", *arguments]) == 0
-    assert not StepWatch.found, "\n".join(StepWatch.found)
+    assert len(StepWatch.found) == drawn, "\n".join(StepWatch.found)
 
 
 def test_what_would_be_waited_for_is_found() -> None:

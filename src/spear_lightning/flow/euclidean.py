@@ -45,7 +45,7 @@ class LinearRotation(RotationFlow):
 
     def step(self, r: Tensor, velocity: Tensor, dt: Tensor | float) -> Tensor:
         """Return r + velocity dt (see `RotationFlow.step`)."""
-        return r + velocity * torch.as_tensor(dt, dtype=r.dtype, device=r.device).unsqueeze(-1)
+        return r + velocity * (dt.unsqueeze(-1) if isinstance(dt, Tensor) else dt)
 
     def losses(
         self, velocity: Tensor, noisy: Tensor, target_velocity: Tensor, tau: Tensor, step_size: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -201,7 +202,8 @@ def limited_goal(start: np.ndarray, goal: np.ndarray) -> np.ndarray:
 
 def _between(start: np.ndarray, goal: np.ndarray, part: float) -> np.ndarray:
     """Interpolate poses: positions linearly, rotations by normalised interpolation along the shorter way."""
-    quaternion = goal[3:] if goal[3:] @ start[3:] >= 0 else -goal[3:]
-    blend = (1 - part) * start[3:] + part * quaternion
-    position = (1 - part) * start[:3] + part * goal[:3]
-    return np.concatenate([position, blend / np.linalg.norm(blend)])
+    pose = (1 - part) * start + part * goal
+    if goal[3:] @ start[3:] < 0:
+        pose[3:] = (1 - part) * start[3:] - part * goal[3:]
+    pose[3:] /= math.sqrt(pose[3:] @ pose[3:])
+    return pose

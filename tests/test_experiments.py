@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +48,18 @@ def read(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / name).read_text())
 
 
-def resolved(capsys: pytest.CaptureFixture[str], *names: str) -> dict[str, Any]:
-    """Return the configuration that the command line makes of some files."""
-    with pytest.raises(SystemExit) as stopped:
+@functools.cache
+def resolved(*names: str) -> dict[str, Any]:
+    """Return the configuration that the command line makes of some files; it is for reading only."""
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stdout(io.StringIO()) as printed:
         cli.main(["fit", *(f"--config={FOLDER / name}" for name in names), "--print_config"])
     assert stopped.value.code == 0
-    return yaml.safe_load(capsys.readouterr().out)
+    return yaml.safe_load(printed.getvalue())
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
-def test_the_command_line_accepts_it(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    printed = resolved(capsys, str(experiment))["data"]["init_args"]
+def test_the_command_line_accepts_it(experiment: Path) -> None:
+    printed = resolved(str(experiment))["data"]["init_args"]
     written = read(str(experiment))["data"]["init_args"]
     # What the file says survives; nothing is dropped or renamed.
     assert written.keys() <= printed.keys()
@@ -88,7 +92,7 @@ def test_paper_scale_model_has_the_paper_s_size() -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_change_what_they_name_and_nothing_else(change: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changes_change_what_they_name_and_nothing_else(change: str) -> None:
     def differences(first: Any, second: Any, where: str = "") -> set[str]:
         if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
             return set().union(*(differences(first[key], second[key], f"{where}.{key}") for key in first))
@@ -100,23 +104,23 @@ def test_changes_change_what_they_name_and_nothing_else(change: str, capsys: pyt
         return {where}
 
     for base in CHANGES[change]:
-        before, after = resolved(capsys, base), resolved(capsys, base, change)
+        before, after = resolved(base), resolved(base, change)
         changed = differences(before, after)
         assert changed
         named = [leaf.replace("+", "") for leaf in leaves(read(change))]
         assert all(any(leaf.startswith(where) for leaf in named) for where in changed), changed
 
 
-def test_ablations_mean_what_their_names_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablations_mean_what_their_names_say() -> None:
     def schedule(printed: dict[str, Any]) -> list[dict[str, Any]]:
         return printed["trainer"]["callbacks"][0]["init_args"]["phases"]
 
-    random_pixels = resolved(capsys, "vlm_3dvqa_encoders_frozen.yaml", "ablations/no_obj_vlm.yaml")
+    random_pixels = resolved("vlm_3dvqa_encoders_frozen.yaml", "ablations/no_obj_vlm.yaml")
     assert list(random_pixels["data"]["init_args"]["tasks"]) == ["spear_lightning.vqa.object_tasks.RandomPixels"]
-    unfrozen = resolved(capsys, "vla_oxe.yaml", "ablations/no_vla_mf_vla.yaml")
+    unfrozen = resolved("vla_oxe.yaml", "ablations/no_vla_mf_vla.yaml")
     assert [phase["freeze"] for phase in schedule(unfrozen)] == [[]]
-    vlm = resolved(capsys, "vlm_3dvqa.yaml", "ablations/no_moge_vlm.yaml")
-    vla = resolved(capsys, "vla_oxe.yaml", "ablations/no_moge_vla.yaml")
+    vlm = resolved("vlm_3dvqa.yaml", "ablations/no_moge_vlm.yaml")
+    vla = resolved("vla_oxe.yaml", "ablations/no_moge_vla.yaml")
     networks = [
         vlm["model"]["init_args"]["answerer"]["init_args"]["vlm"],
         vla["model"]["init_args"]["policy"]["init_args"]["vla"]["init_args"]["vlm"],
@@ -164,7 +168,7 @@ def test_stage_1a_trains_the_paper_s_three_parts() -> None:
     }
 
 
-def test_tabletop_vlm_is_small_and_the_policy_s_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tabletop_vlm_is_small_and_the_policy_s_own() -> None:
     vlm = build_answerer(read("tabletop/vlm.yaml")).vlm
     assert sum(parameter.numel() for parameter in vlm.parameters()) < 60e6
     policy = build_policy(read("tabletop/vla.yaml")["model"]["init_args"]["policy"]).vla.vlm

@@ -43,5 +43,5 @@ def test_the_notebook_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if cell.cell_type == "code":
             cell.outputs = []
     # The limit is per cell, and generous: it is there for what hangs.
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}}).execute()
     assert pictures(notebook) == NOTEBOOKS[name]

@@ -108,7 +108,7 @@ def test_the_harness_own_commands_give_the_same_episodes(
     server = subprocess.Popen([*serve, "--args.checkpoint", str(checkpoint), "--args.device", "cpu"])
     try:
         # It waits for the server, with growing pauses.
-        subprocess.run(run, check=True, capture_output=True, timeout=120)
+        subprocess.run(run, check=True, capture_output=True, timeout=600)
     finally:
         server.terminate()
         server.wait()

@@ -143,7 +143,7 @@ def label_with_gemini(images: str, out: str, url: str, split: WorkSplit = ALONE,
         base_url=url,
         parallel=3,
         requests_per_minute=1e9,
-        patience=Patience(timeout_s=100, attempts=1),
+        patience=Patience(timeout_s=300, attempts=1),
     )
     return cheap_run(Path(images), Path(out) / "labels", detector, shard_size=3, box_processes=box_processes).run(
         split

@@ -77,7 +77,7 @@ def fake_gemini(answer: Callable[[int, str], Answer]) -> Iterator[FakeGemini]:
             with lock:
                 said = fake.respond(self.path, self.headers["x-goog-api-key"], request)
             if said.wait is not None:
-                said.wait.wait(30)
+                said.wait.wait()
             body = said.body or {
                 "candidates": [{"content": {"parts": [{"text": said.text}]}, "finishReason": said.finish}],
                 "usageMetadata": {"promptTokenCount": 1000, "candidatesTokenCount": 200, "thoughtsTokenCount": 10},

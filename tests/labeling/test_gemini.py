@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from spear_lightning.labeling.reply_cache import ReplyCache
 pytest.importorskip("google.genai")
 
 MODEL = "gemini-2.5-flash"
-PATIENCE = Patience(timeout_s=0.4, attempts=4, first_wait_s=2.0, longest_wait_s=60.0)
+PATIENCE = Patience(timeout_s=300.0, attempts=4, first_wait_s=2.0, longest_wait_s=60.0)
+IMPATIENT = replace(PATIENCE, timeout_s=1.5)
+"""For a server that never answers; any other might take longer on a machine with much to do."""
 
 
 def picture(number: int = 0) -> Picture:
@@ -34,10 +37,10 @@ def picture(number: int = 0) -> Picture:
 class Service:
     """The fake server and one connection to it, which takes longest to make; waits are noted and not waited."""
 
-    def __init__(self, fake: FakeGemini) -> None:
+    def __init__(self, fake: FakeGemini, patience: Patience = PATIENCE) -> None:
         self.fake, self.sleeps = fake, list[float]()
         environment = {"GEMINI_API_KEY": KEY}
-        self.api = GeminiApi(MODEL, Pacer(1e9), PATIENCE, fake.url, self.sleeps.append, environment)
+        self.api = GeminiApi(MODEL, Pacer(1e9), patience, fake.url, self.sleeps.append, environment)
 
     def detector(self, cache: Path, answer: Callable[[int, str], Answer]) -> Gemini:
         self.fake.answer = answer
@@ -180,12 +183,14 @@ def test_trouble_that_does_not_pass_is_a_failure_after_the_last_attempt(tmp_path
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_a_server_that_hangs_is_given_up_and_not_asked_again(tmp_path: Path, service: Service) -> None:
+def test_a_server_that_hangs_is_given_up_and_not_asked_again(tmp_path: Path) -> None:
     release = threading.Event()
-    try:
-        found = service.ask(tmp_path, always(wait=release))
-    finally:
-        release.set()
+    with fake_gemini(always()) as fake:
+        service = Service(fake, IMPATIENT)
+        try:
+            found = service.ask(tmp_path, always(wait=release))
+        finally:
+            release.set()
     assert isinstance(found, DataError)
     assert "Timeout" in str(found)
     assert len(service.fake.images) == 1

@@ -23,6 +23,8 @@ pytest.importorskip("google.genai")
 # Children start from a clean process that has everything imported: they are there in an instant.
 CONTEXT = multiprocessing.get_context("forkserver")
 
+PATIENCE_S = 300.0
+"""For what takes seconds on an idle machine."""
 
 PRELOAD = ["cheap_parts", "google.genai.types", "httpx2", "scipy.spatial", "scipy.ndimage", "pyarrow.parquet"]
 
@@ -96,7 +98,7 @@ def kill_and_go_on(tmp_path: Path, kills: int, images: int) -> None:
             # A few more requests, and then up to a fifth of a second, in which labels are made and written.
             cashier.ring_after(len(fake.images) + draw.randint(1, MOST_BEFORE_THE_BELL))
             child = start(tmp_path, out, fake)
-            assert cashier.bell.wait(120), f"no request came; the process ended with {child.exitcode}"
+            assert cashier.bell.wait(PATIENCE_S), f"no request came; the process ended with {child.exitcode}"
             child.join(draw.uniform(0, 0.2))
             assert child.is_alive(), "there was too little to do"
             child.kill()
@@ -104,7 +106,7 @@ def kill_and_go_on(tmp_path: Path, kills: int, images: int) -> None:
             cashier.reopened.set()
         cashier.ring_after(10**9)
         last = start(tmp_path, out, fake)
-        last.join(120)
+        last.join(PATIENCE_S)
         assert last.exitcode == 0
         assert cashier.paid_twice == []
         # What was under way when a process died was lost; three requests are under way at the most.
@@ -117,7 +119,7 @@ def kill_and_go_on(tmp_path: Path, kills: int, images: int) -> None:
     expected = tmp_path / "uninterrupted"
     with fake_gemini(lambda number, image: Answer()) as fake:
         straight = start(tmp_path, expected, fake)
-        straight.join(120)
+        straight.join(PATIENCE_S)
     assert contents(out / "labels").keys() == set(names)
     assert contents(out / "labels") == contents(expected / "labels")
 
@@ -156,7 +158,7 @@ def kill_the_parent_of_a_box_process(tmp_path: Path) -> None:
             arguments = (str(tmp_path / "images"), str(tmp_path), fake.url)
             child = CONTEXT.Process(target=label_with_gemini, args=arguments, kwargs={"box_processes": 1})
             child.start()
-            assert asked.wait(60)
+            assert asked.wait(PATIENCE_S)
             parent = psutil.Process(child.pid)
             workers: list[psutil.Process] = []
             while child.is_alive() and not workers:
@@ -164,7 +166,7 @@ def kill_the_parent_of_a_box_process(tmp_path: Path) -> None:
             assert len(workers) == 1
             child.kill()
             child.join()
-            gone, alive = psutil.wait_procs(workers, timeout=60)
+            gone, alive = psutil.wait_procs(workers, timeout=PATIENCE_S)
             assert (len(gone), alive) == (1, [])
     finally:
         never.set()

@@ -139,9 +139,10 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         processes.append(
             subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
         )
-    printed = [process.communicate(timeout=120)[0] for process in processes]
+    printed = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert "process 1 of 2" in printed[1]
+    # The line may be broken anywhere: it begins with a path.
+    assert "process1of2" in "".join(printed[1].split())
     cheap_run(tmp_path / "images", tmp_path / "alone", Quadrants()).run(ALONE)
     assert contents(tmp_path / "labels") == contents(tmp_path / "alone")
     shares = {path.name[:11]: None for path in (tmp_path / "labels").glob("*.parquet")}

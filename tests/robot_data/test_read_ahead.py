@@ -210,7 +210,7 @@ named = [path.name for path in Path("/dev/shm").glob("torch_*") if path.name.spl
 print(*pids, *named, flush=True)
 {end}
 """
-    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=600)
     assert ("KeyError" in run.stderr) == (end == "raise KeyError"), run.stderr
     # No memory had a name in the file system even while it was in use. That `run` returned says that all processes
     # are gone: each would hold the pipe it reads.

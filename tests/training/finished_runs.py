@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +12,37 @@ from pathlib import Path
 import torch
 
 DIE = """
-import os, signal, sys
+import json, os, signal, sys
 from importlib import import_module
 from spear_lightning import cli, flow, models, training
 where, _, name = sys.argv[1].rpartition(".")
 module = getattr(import_module(where), name)
 step = module.training_step
-def step_or_die(self, batch, batch_index):
-    if self.trainer.global_step == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_index)
-module.training_step = step_or_die
-sys.exit(cli.main(sys.argv[3:]))
+def run_and_die(last, arguments):
+    def step_or_die(self, batch, batch_index):
+        if self.trainer.global_step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, batch_index)
+    module.training_step = step_or_die
+    os._exit(cli.main(arguments))
+for last, arguments in json.loads(sys.argv[2]):
+    # What is forked has everything imported, which takes longer than the run.
+    child = os.fork()
+    if not child:
+        run_and_die(last, arguments)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 """
 
 
-def run_until_killed(module: str, step: int, *arguments: str) -> None:
-    """Run `spear` in a process of its own that is killed when a module begins an optimizer step."""
-    killed = subprocess.run(
-        [sys.executable, "-c", DIE, module, str(step), *arguments],
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert killed.returncode == -signal.SIGKILL
+def run_until_killed(module: str, *runs: tuple[int, list[str]]) -> None:
+    """Run `spear`, each time in a process of its own, that is killed when a module begins an optimizer step.
+
+    Args:
+        module: Its class path.
+        runs: Step that is the last, and arguments, of each run.
+    """
+    command = [sys.executable, "-c", DIE, module, json.dumps(runs)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def logged(run: Path, name: str) -> dict[int, str]:

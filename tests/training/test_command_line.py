@@ -78,20 +78,30 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_what_trains_does(whole_run: P
     assert not torch.equal(states[2][siglip], states[3][siglip])
 
 
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory: pytest.TempPathFactory, data_options: list[str]) -> dict[int, Path]:
+    """Step at which a run was killed -> its folder."""
+    runs = {step: tmp_path_factory.mktemp(f"killed_{step}") for step in (5, 8)}
+    commands = []
+    for step, run in runs.items():
+        where = [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+        commands.append((step, ["fit", f"--config={TWIN}", *data_options, *where]))
+    run_until_killed("spear_lightning.training.vla_module.VLAModule", *commands)
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [5, 8])
 def test_killed_and_resumed_training_is_bit_equal(
-    tmp_path: Path, whole_run: Path, data_options: list[str], step: int
+    killed_runs: dict[int, Path], whole_run: Path, data_options: list[str], step: int
 ) -> None:
-    options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
-    command = ["fit", f"--config={TWIN}", *data_options, *options]
-    run_until_killed("spear_lightning.training.vla_module.VLAModule", step, *command)
-    assert fit(tmp_path, data_options, "--ckpt_path=last") == 0
-    resumed, whole = logged(tmp_path, LOSS), logged(whole_run, LOSS)
+    run = killed_runs[step]
+    assert fit(run, data_options, "--ckpt_path=last") == 0
+    resumed, whole = logged(run, LOSS), logged(whole_run, LOSS)
     last_saved = step // 2 * 2
     assert {s: resumed[s] for s in range(last_saved, 9)} == {s: whole[s] for s in range(last_saved, 9)}
     for name, tensor in weights(whole_run, 9).items():
-        assert torch.equal(tensor, weights(tmp_path, 9)[name]), name
+        assert torch.equal(tensor, weights(run, 9)[name]), name
 
 
 def test_resume_refuses_another_configuration(

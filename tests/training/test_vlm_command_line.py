@@ -97,7 +97,7 @@ def test_killed_and_resumed_training_is_bit_equal(tmp_path: Path, whole_run: Pat
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
     options.append("--data.num_workers=1")
     command = ["fit", f"--config={TWIN}", f"--data.root={data}", *options]
-    run_until_killed("spear_lightning.training.vlm_module.VLMModule", 5, *command)
+    run_until_killed("spear_lightning.training.vlm_module.VLMModule", (5, command))
     assert fit(tmp_path, data, "--ckpt_path=last") == 0
     resumed, whole = logged(tmp_path, "train/loss"), logged(whole_run, "train/loss")
     assert {s: resumed[s] for s in range(4, 7)} == {s: whole[s] for s in range(4, 7)}

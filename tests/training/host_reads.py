@@ -26,6 +26,9 @@ READS = {
 WRITES = {aten.lift_fresh.default}
 """A tensor is made of Python's numbers: from there it would be copied out of memory that is not page-locked."""
 
+ON_THE_HOST = ("resumable_stream.py __iter__", "robot_data_module.py transfer_batch_to_device")
+"""The loader works in CPU memory, and a batch comes from there."""
+
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -40,8 +43,7 @@ class HostReads(TorchDispatchMode):
         masks = func in INDEXING and any(index is not None and index.dtype == torch.bool for index in args[1])
         if func in READS or func in WRITES or masks:
             calls = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename][:-1]
-            # What the loader does, it does in CPU memory.
-            if not any(frame.filename.endswith("/resumable_stream.py") for frame in calls):
+            if not any(f"{Path(frame.filename).name} {frame.name}" in ON_THE_HOST for frame in calls):
                 places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in calls[-4:]]
                 self.found.append(f"{func} < {' < '.join(reversed(places))}")
         return func(*args, **(kwargs or {}))

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command line without the program's name; default: that of the process.
 
     Returns:
-        Exit status: 0 success, 1 an error that was explained, 2 wrong usage.
+        Exit status: 0 success, 1 an error that was explained, 2 wrong usage, 130 interrupted (Ctrl-C).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help", "help"):
@@ -71,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpearError as error:
         sys.stderr.write(f"spear {verb}: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"spear {verb}: interrupted\n")
+        return 130
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
             raise

@@ -49,6 +49,8 @@ def test_a_checkpoint_the_expert_and_chance(
         ([], "Say what to evaluate"),
         (["--policy", "expert", "--checkpoint", "a.ckpt"], "Say what to evaluate"),
         (["--policy", "expert", "--tasks", "juggle"], "no such tasks"),
+        (["--policy", "expert", "--cameras", "elbow=56x42"], "no such cameras"),
+        (["--policy", "expert", "--cameras", "primary=0x42"], "at least 1 pixel"),
         (["--checkpoint", "nowhere.ckpt"], "no such checkpoint"),
         (["--policy", "expert", "--episodes", "0"], "needs episodes"),
     ],

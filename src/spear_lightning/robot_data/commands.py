@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spear data", description=__doc__)
+    elsewhere = "`spear data tabletop` makes a data set: see its own --help."
+    parser = argparse.ArgumentParser(prog="spear data", description=__doc__, epilog=elsewhere)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     index = verbs.add_parser("index", help="read an RLDS folder once and write its index")

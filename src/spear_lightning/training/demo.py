@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
         prog="spear demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", default="demo", help="folder for runs")
-    parser.add_argument("--demonstrations", type=int, default=320, help="episodes to learn from")
-    parser.add_argument("--steps", type=int, default=1400, help="optimizer steps")
-    parser.add_argument("--episodes", type=int, default=30, help="episodes to try the policy in")
+    parser.add_argument("--demonstrations", type=_at_least_one, default=320, help="episodes to learn from")
+    parser.add_argument("--steps", type=_at_least_one, default=1400, help="optimizer steps")
+    parser.add_argument("--episodes", type=_at_least_one, default=30, help="episodes to try the policy in")
     options = parser.parse_args(arguments)
     experiment = find_experiment()
     started = time.monotonic()
@@ -83,6 +83,12 @@ def main(arguments: list[str]) -> int:
         f"  everything tracked:  mlflow ui --backend-store-uri sqlite:///{folder / STORE}"
     )
     return 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
 
 def find_experiment() -> Path:

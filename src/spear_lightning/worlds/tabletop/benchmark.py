@@ -61,7 +61,7 @@ class TabletopBenchmark(StepBenchmark):
         recorded: See `frames_folder`.
 
     Raises:
-        ConfigError: If there is no such task, or a rate, mode or seed makes no sense.
+        ConfigError: If there is no such task or camera, or a rate, mode or seed makes no sense.
     """
 
     render_backends: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu"})
@@ -99,6 +99,12 @@ class TabletopBenchmark(StepBenchmark):
         from spear_lightning.worlds.tabletop.tasks import TASKS
 
         return list(TASKS)
+
+    def all_cameras(self) -> list[str]:
+        """Return the names of all cameras."""
+        from spear_lightning.worlds.tabletop.scene import CAMERAS
+
+        return list(CAMERAS)
 
     def make_world(self) -> Any:
         """Build the world; called once, at the first episode."""
@@ -139,6 +145,14 @@ class TabletopBenchmark(StepBenchmark):
                 where="tasks",
                 found=self.tasks,
                 expected=f"some of {self.all_tasks()}, each once",
+            )
+        if not set(self.cameras) <= set(self.all_cameras()) or min(sum(self.cameras.values(), (1,))) < 1:
+            raise ConfigError(
+                "The world has no such cameras",
+                where="cameras",
+                found=self.cameras,
+                expected=f"some of {self.all_cameras()}, with at least 1 pixel",
+                remedy="a policy of other cameras cannot be evaluated in this world",
             )
         rate = self.world_facts()["control_hz"]
         if control_hz is not None and control_hz != rate:

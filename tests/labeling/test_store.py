@@ -101,6 +101,8 @@ def test_images_in_place(folder: Path, tmp_path: Path) -> None:
     found, pixels = LabelStore(tmp_path / "labels").read(0)
     assert found.image_id == "demo-000007"
     assert pixels.shape == image_HW3.shape
+    with pytest.raises(DataError, match="exists already"), LabelWriter(tmp_path / "labels") as writer:
+        writer.add_in_place(label, photographs / "a.jpg")
     (photographs / "a.jpg").unlink()
     with pytest.raises(DataError, match="images of labels cannot be read"):
         LabelStore(tmp_path / "labels").read(0)

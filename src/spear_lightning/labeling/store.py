@@ -68,9 +68,9 @@ class LabelWriter:
         Raises:
             DataError: If the label is wrong (see `check_label`), or the shard exists already.
         """
-        check_label(label)
+        self._check(label)
         if self._images is None:
-            self._images = self._open()
+            self._images = self._temporary(".images").open("wb")
         digest = hashlib.sha256(image).hexdigest()
         place = ImagePlace(self._path(".images").name, self._images.tell(), len(image), digest)
         self._images.write(image)
@@ -82,9 +82,9 @@ class LabelWriter:
         """Add a label whose image stays in a file of its own, which is named relative to the folder.
 
         Raises:
-            DataError: If the label is wrong, or the file cannot be read.
+            DataError: If the label is wrong, the file cannot be read, or the shard exists already.
         """
-        check_label(label)
+        self._check(label)
         try:
             data = Path(image).read_bytes()
         except OSError as error:
@@ -127,14 +127,14 @@ class LabelWriter:
             self._images = None
             self._temporary(".images").unlink(missing_ok=True)
 
-    def _open(self) -> BinaryIO:
-        if self._path(".parquet").exists():
+    def _check(self, label: ImageLabel) -> None:
+        check_label(label)
+        if not self._rows and self._path(".parquet").exists():
             raise DataError(
                 "A shard of labels exists already",
                 where=self._path(".parquet"),
                 remedy="write into another folder, or remove the shards there",
             )
-        return self._temporary(".images").open("wb")
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"{self._prefix}-{self._shard:05d}{suffix}"

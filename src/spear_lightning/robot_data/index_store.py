@@ -63,6 +63,8 @@ class ArrayFolderWriter:
     def finish(self, description: dict[str, Any]) -> None:
         """Write the description and give the folder its name, in place of an older one if there is one."""
         for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
             file.close()
         text = json.dumps({"schema": SCHEMA, **description, "arrays": self._arrays}, indent=1)
         with (self._temporary / DESCRIPTION).open("w") as file:

@@ -120,7 +120,7 @@ def vla_step(contender: Contender, batch: int, small: bool, device: str) -> tupl
 
 
 def vlm_step(contender: Contender, batch: int, small: bool, device: str) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """Return the network and a function that computes a loss; all that the paper's stage 1b trains trains."""
+    """Return the network and a function that computes a loss; all of it trains, as in the paper's stage 1b."""
     from spear_lightning.batches import VqaBatch
     from spear_lightning.models import PromptTokenizer
     from spear_lightning.policy import Answerer
@@ -130,7 +130,6 @@ def vlm_step(contender: Contender, batch: int, small: bool, device: str) -> tupl
     with torch.device(device):
         vlm = build_vlm(contender, small, new_tokens)
         answerer = Answerer(vlm, prompt)
-    freeze(vlm, [])
     place_L = torch.arange(TEXT_TOKENS)
     token_mask = (place_L < QUESTION_TOKENS + ANSWER_TOKENS).expand(batch, -1)
     answer_mask = token_mask & (place_L >= QUESTION_TOKENS)
@@ -231,7 +230,8 @@ def flops_of_a_sample(name: str, stage: str, small: bool) -> float:
                 network: nn.Module = SpearVLA(vlm, expert)
             else:
                 network = Answerer(vlm, PromptTokenizer(tokenizer="byte", max_length=48))
-        freeze(network, network.unused_parameters() if isinstance(network, SpearVLA) else [])
+        if isinstance(network, SpearVLA):
+            freeze(network, network.unused_parameters())
         trained = frozenset(key for key, parameter in named_parameters(network) if parameter.requires_grad)
         text = 20 if stage == "vla" else QUESTION_TOKENS + ANSWER_TOKENS
         return trace_step(network, trained, chosen, text, 5).flops

@@ -51,8 +51,12 @@ class TensorBatch:
             tensor.record_stream(stream)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch with its tensors on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Return the batch with its tensors on ``device``, counted."""
+        return self.counted()._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def counted(self) -> Self:
+        """Return the batch with the numbers in it that can be had for nothing only while it is in CPU memory."""
+        return self
 
     def pin_memory(self) -> Self:
         """Return the batch in page-locked memory, so that copies to a GPU can overlap with work."""
@@ -92,20 +96,18 @@ class RobotBatch(TensorBatch):
     def __len__(self) -> int:
         return self.state.shape[0]
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> RobotBatch:
-        """Return the batch with its tensors on ``device``, and its cameras counted."""
-        counted = replace(self, present=self.cameras_present())
-        return counted._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def cameras_present(self) -> dict[str, int]:
-        """Return camera name -> how many samples have it."""
-        if self.present is not None:
-            return self.present
-        return {name: int(mask_B.sum()) for name, mask_B in self.image_mask.items()}
+    def counted(self) -> RobotBatch:
+        """Return the batch with its cameras counted."""
+        return self if self.present is not None else replace(self, present=cameras_present(self.image_mask))
 
     def with_images(self, images: dict[str, Tensor]) -> RobotBatch:
         """Return the batch with other pixels."""
         return replace(self, images=images)
+
+
+def cameras_present(image_mask: dict[str, Tensor]) -> dict[str, int]:
+    """Return camera name -> how many samples have it."""
+    return {name: int(mask_B.sum()) for name, mask_B in image_mask.items()}
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,9 @@ class VqaBatch(TensorBatch):
         intrinsics: float32 (B, 4), fx, fy, cx, cy in pixels of the image the model sees; NaN where unknown.
         dataset: int64 (B,), which data set of the mixture a sample is from.
         position: int64 (B,), the sample's position in the global sample stream (its identity).
+        present: Camera name -> how many samples have it; counted when the batch leaves CPU memory, since counting
+            on a GPU would wait for it.
+        text_tokens: How many tokens are not padding; counted likewise.
     """
 
     images: dict[str, Tensor]
@@ -168,9 +173,18 @@ class VqaBatch(TensorBatch):
     intrinsics: Tensor
     dataset: Tensor
     position: Tensor
+    present: dict[str, int] | None = None
+    text_tokens: int | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+    def counted(self) -> VqaBatch:
+        """Return the batch with its cameras and tokens counted."""
+        if self.present is not None and self.text_tokens is not None:
+            return self
+        tokens = int(self.token_mask.sum())
+        return replace(self, present=cameras_present(self.image_mask), text_tokens=tokens)
 
     @property
     def labels(self) -> Tensor:

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from spear_lightning.models import RealTokens, SpearVLA
 from spear_lightning.models.gemma import attend
-from spear_lightning.models.packing import ROUNDED_TO, pack_real_tokens
+from spear_lightning.models.packing import (
+    ROUNDED_TO,
+    Packing,
+    flash_attention,
+    pack_answers,
+    pack_real_tokens,
+    packed_attention,
+)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=37, max_size=37), min_size=1, max_size=5), st.booleans())
@@ -56,6 +63,83 @@ def test_velocities_and_gradients_are_those_of_the_padded_batch(
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_answers_are_those_of_the_padded_batch(
+    vla: SpearVLA, images: dict[str, Tensor], image_mask: dict[str, Tensor], text: tuple[Tensor, Tensor]
+) -> None:
+    answer_mask = text[1] & (torch.arange(6) >= torch.tensor([[3], [2]]))
+    vlm = vla.vlm
+    padded = vlm(images, image_mask, *text, answer_mask)[:, -6:][answer_mask]
+    expected = _gradients(vla, padded.square().sum())
+    real = RealTokens({"front": 2, "wrist": 1}, 10, int(answer_mask.sum()))
+    packed = vlm(images, image_mask, *text, answer_mask, real)[:, -6:][answer_mask]
+    torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+    found = _gradients(vla, packed.square().sum())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def _kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start_q: Tensor,
+    start_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What flash attention of variable length computes, segment by segment, ends of queries and keys aligned."""
+    assert query.shape[1] == key.shape[1] == value.shape[1]
+    attended = []
+    for (q0, q1), (k0, k1) in zip(
+        itertools.pairwise(start_q.tolist()), itertools.pairwise(start_k.tolist()), strict=True
+    ):
+        assert q1 - q0 <= longest_q
+        assert k1 - k0 <= longest_k
+        scores = torch.einsum("qhd,khd->hqk", query[q0:q1], key[k0:k1]) * query.shape[-1] ** -0.5
+        if window_size == (-1, 0):
+            seen = torch.arange(k1 - k0) <= torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
+            scores = scores.masked_fill(~seen, -torch.inf)
+        attended.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[k0:k1]))
+    assert start_q[-1] == len(query)
+    return torch.cat(attended)
+
+
+def _packings() -> list[Packing]:
+    length = torch.tensor([5, 40, 1, 23])
+    place_P = torch.arange(40)
+    mask_BP = place_P < length[:, None]
+    mask_BP[1, 3:9] = False
+    prompt = torch.tensor([3, 30, 1, 0])
+    answer_BP = mask_BP & (place_P >= prompt[:, None])
+    mask_BPP = ((place_P[:, None] >= place_P) | ~answer_BP[:, None]) & mask_BP[:, None]
+    count, answers = int(mask_BP.sum()), int(answer_BP.sum())
+    return [pack_real_tokens(mask_BP), pack_answers(mask_BP, answer_BP, mask_BPP, count, answers)]
+
+
+@pytest.mark.parametrize("packing", _packings(), ids=["mutual", "answers"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_variable_length_kernel_gets_what_the_masks_say(
+    packing: Packing, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _kernel)
+    generator = torch.Generator().manual_seed(kv_heads)
+    tokens = len(packing.place_T)
+    query = torch.randn(1, 4, tokens, 8, generator=generator, requires_grad=True)
+    key, value = (torch.randn(1, kv_heads, tokens, 8, generator=generator, requires_grad=True) for _ in range(2))
+    real = packing.mask.any(dim=2)[:, 0].flatten()[packing.place_T]
+    results = []
+    for flash in (True, False):
+        if flash:
+            parts = (part[0].transpose(0, 1) for part in (query, key, value))
+            attended = flash_attention(*parts, packing).transpose(0, 1)[:, real]
+        else:
+            attended = packed_attention(query, key, value, packing)[0][:, real]
+        results.append((attended, *torch.autograd.grad(attended.square().sum(), (query, key, value))))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -12,8 +12,9 @@ from spear_lightning.models.encoders import (
 )
 from spear_lightning.models.gemma_shape import GemmaShape
 from spear_lightning.models.moge import MogeV1, MogeV2
+from spear_lightning.models.packing import RealTokens
 from spear_lightning.models.prompt import PromptTokenizer
-from spear_lightning.models.spear_vla import Prefix, RealTokens, SpearVLA
+from spear_lightning.models.spear_vla import Prefix, SpearVLA
 from spear_lightning.models.spear_vlm import SpearVLM
 
 __all__ = [

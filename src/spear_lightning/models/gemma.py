@@ -131,7 +131,7 @@ class GemmaBlock(nn.Module):
             rotation: Rotation at the tokens' positions.
             mask: bool, broadcastable to (B, 1, L, K), True = attend; K counts the context's tokens first,
                 then the block's own. `None`: every token attends to all. A `Packing`: the tokens are a packed row
-                (1, T, D), in which every token attends to its own sample; without context.
+                (1, T, D) without context, and attend as it says.
             context: Keys and values of earlier tokens to attend to as well.
             key_value_only: Compute nothing but keys and values.
 
@@ -169,7 +169,7 @@ class GemmaTransformer(nn.Module):
         self,
         hidden_BLD: Tensor,
         positions_BL: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         context: Sequence[KeyValue] | None = None,
     ) -> Tensor:
         """Run all blocks and the final RMSNorm.
@@ -190,7 +190,7 @@ class GemmaTransformer(nn.Module):
         self,
         hidden_BLD: Tensor,
         positions_BL: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         context: Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """Return what `forward` returns, and the tokens' own keys and values in every block."""

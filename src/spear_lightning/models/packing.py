@@ -11,7 +11,7 @@ H query heads, G key and value heads, d channels of a head, K tokens attended to
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,58 @@ ROUNDED_TO = 64
 _FLASH_TYPES = (torch.bfloat16, torch.float16)
 
 
+class RealTokens(NamedTuple):
+    """How much of a padded batch is real, as numbers that need no question to the device.
+
+    Attributes:
+        images: Camera name -> how many samples have it.
+        text: Text tokens in all samples together, answers included.
+        answers: Tokens of answers among them.
+    """
+
+    images: dict[str, int]
+    text: int
+    answers: int = 0
+
+
+class AnswerRows(NamedTuple):
+    """Answers in a packed row, where they stand behind the prompts of all samples.
+
+    Attributes:
+        prompts: How many tokens the prompts of all samples have.
+        prompt_start_S: int32 (B + 1,), where each sample's prompt begins, and the end of the prompts.
+        answer_start_S: int32 (S + 1,), where each sample's answer begins, counted from the end of the prompts;
+            then the filling, and the end.
+        order_T: int64 (T,), the row's tokens in the order of samples, each prompt before its answer.
+        place_T: int64 (T,), where each token of the row stands in that order.
+    """
+
+    prompts: int
+    prompt_start_S: Tensor
+    answer_start_S: Tensor
+    order_T: Tensor
+    place_T: Tensor
+
+
 class Packing(NamedTuple):
     """Where the tokens of a packed row stand in the padded batch.
 
     Attributes:
-        place_T: int64 (T,), the place in the flattened (B P) batch that each packed token comes from; sample by
-            sample, in each in order; then padding that fills up the row.
-        start_S: int32 (S + 1,), where each sample begins in the row, and then the filling, and the end.
-        mask_BP: bool (B, P), which padded tokens are real.
+        place_T: int64 (T,), the place in the flattened (B P) batch that each packed token comes from: sample by
+            sample, each in order, first the prompts and then the answers if there are any; then padding that fills
+            up the row.
+        start_S: int32 (S + 1,), where each sample begins in the order of samples, and the filling, and the end.
+        mask: bool (B, 1, 1 or P, P), what padded tokens attend to.
         longest: No segment is longer.
+        answers: `None`: all tokens of a sample attend to each other. Otherwise a prompt attends to itself, and the
+            token of an answer to its prompt, to what stands before it and to itself.
     """
 
     place_T: Tensor
     start_S: Tensor
-    mask_BP: Tensor
+    mask: Tensor
     longest: int
+    answers: AnswerRows | None = None
 
     def pack(self, padded_BPX: Tensor) -> Tensor:
         """Return (1, T, ...) of (B, P, ...)."""
@@ -45,29 +82,65 @@ class Packing(NamedTuple):
 
     def unpack(self, packed_1TX: Tensor) -> Tensor:
         """Return (B, P, ...) of (1, T, ...); zero where padding is, unless it was taken as filling."""
-        size = self.mask_BP.numel(), *packed_1TX.shape[2:]
-        padded_NX = packed_1TX.new_zeros(size).index_copy(0, self.place_T, packed_1TX[0])
-        return padded_NX.unflatten(0, self.mask_BP.shape)
+        shape = self.mask.shape[0], self.mask.shape[3]
+        padded_NX = packed_1TX.new_zeros((math.prod(shape), *packed_1TX.shape[2:]))
+        return padded_NX.index_copy(0, self.place_T, packed_1TX[0]).unflatten(0, shape)
 
 
 def pack_real_tokens(mask_BP: Tensor, count: int | None = None) -> Packing:
-    """Plan the packing of a padded batch.
+    """Plan the packing of a padded batch in which every token attends to all of its sample.
 
     Args:
         mask_BP: bool (B, P), which tokens are real.
         count: How many are, where that is known: finding it out waits for the device.
     """
-    real = int(mask_BP.sum()) if count is None else count
-    total = min(mask_BP.numel(), math.ceil(real / ROUNDED_TO) * ROUNDED_TO)
+    total = _filled(mask_BP, count)
     # The sort is stable: real tokens first, each kind in the order of samples and places.
-    place_N = torch.argsort(mask_BP.flatten(), descending=True, stable=True)
+    place_T = torch.argsort(mask_BP.flatten(), descending=True, stable=True)[:total]
+    longest = max(mask_BP.shape[1], ROUNDED_TO)
+    return Packing(place_T, _starts(mask_BP, total), mask_BP[:, None, None], longest)
+
+
+def pack_answers(mask_BP: Tensor, answer_BP: Tensor, mask_BPP: Tensor, count: int, answers: int) -> Packing:
+    """Plan the packing of a padded batch of prompts with answers, which are causal.
+
+    Args:
+        mask_BP: bool (B, P), which tokens are real.
+        answer_BP: bool (B, P), which real tokens are an answer's.
+        mask_BPP: bool (B, P, P), what the padded tokens attend to.
+        count: How many tokens are real.
+        answers: How many tokens of answers there are.
+    """
+    total, (batch, length) = _filled(mask_BP, count), mask_BP.shape
+    # Prompts, answers, padding.
+    kind_BP = torch.where(mask_BP, answer_BP.to(torch.uint8), 2)
+    place_T = torch.argsort(kind_BP.flatten(), stable=True)[:total]
+    sample_T = torch.div(place_T, length, rounding_mode="floor")
+    sample_T[count:] = batch
+    order_T = torch.argsort(sample_T, stable=True)
+    rows = AnswerRows(
+        prompts=count - answers,
+        prompt_start_S=_starts(mask_BP & ~answer_BP, 0)[:-1],
+        answer_start_S=_starts(answer_BP, total - (count - answers)),
+        order_T=order_T,
+        place_T=torch.argsort(order_T),
+    )
+    return Packing(place_T, _starts(mask_BP, total), mask_BPP[:, None], max(length, ROUNDED_TO), rows)
+
+
+def _filled(mask_BP: Tensor, count: int | None) -> int:
+    real = int(mask_BP.sum()) if count is None else count
+    return min(mask_BP.numel(), math.ceil(real / ROUNDED_TO) * ROUNDED_TO)
+
+
+def _starts(mask_BP: Tensor, total: int) -> Tensor:
     start_S = F.pad(mask_BP.sum(dim=1).cumsum(dim=0), (1, 1)).to(torch.int32)
     start_S[-1] = total
-    return Packing(place_N[:total], start_S, mask_BP, max(mask_BP.shape[1], ROUNDED_TO))
+    return start_S
 
 
 def packed_attention(query_1HTd: Tensor, key_1GTd: Tensor, value_1GTd: Tensor, packing: Packing) -> Tensor:
-    """Let every packed token attend to all tokens of its own sample.
+    """Let every packed token attend to tokens of its own sample.
 
     On CUDA in half precision it is flash attention of variable length; elsewhere the padded computation.
 
@@ -75,39 +148,91 @@ def packed_attention(query_1HTd: Tensor, key_1GTd: Tensor, value_1GTd: Tensor, p
         query_1HTd: (1, H, T, d).
         key_1GTd: (1, G, T, d); G divides H.
         value_1GTd: (1, G, T, d).
-        packing: Which tokens belong together.
+        packing: Which tokens belong together, and who attends to whom.
 
     Returns:
         (1, H, T, d); of no use where the row is filled up.
     """
     if query_1HTd.is_cuda and query_1HTd.dtype in _FLASH_TYPES:
-        return _flash(query_1HTd, key_1GTd, value_1GTd, packing)
+        query, key, value = (part[0].transpose(0, 1) for part in (query_1HTd, key_1GTd, value_1GTd))
+        return flash_attention(query, key, value, packing).transpose(0, 1)[None]
     query, key, value = (
         packing.unpack(part.transpose(1, 2)).transpose(1, 2) for part in (query_1HTd, key_1GTd, value_1GTd)
     )
-    mask = packing.mask_BP[:, None, None]
-    attended_BHPd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    attended_BHPd = F.scaled_dot_product_attention(query, key, value, attn_mask=packing.mask, enable_gqa=True)
     return packing.pack(attended_BHPd.transpose(1, 2)).transpose(1, 2)
 
 
-def _flash(query_1HTd: Tensor, key_1GTd: Tensor, value_1GTd: Tensor, packing: Packing) -> Tensor:
+def flash_attention(query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, packing: Packing) -> Tensor:
+    """Do what `packed_attention` says, (T, H, d) from (T, H, d) and (T, G, d), by the variable-length kernel."""
+    rows, longest = packing.answers, packing.longest
+    if rows is None:
+        return _mutual(query_THd, key_TGd, value_TGd, packing.start_S, longest)
+    count = rows.prompts
+    prompts = _mutual(query_THd[:count], key_TGd[:count], value_TGd[:count], rows.prompt_start_S, longest)
+    groups = query_THd.shape[1] // key_TGd.shape[1]
+    key_THd, value_THd = (
+        Reordered.apply(part, rows.order_T, rows.place_T).repeat_interleave(groups, dim=1)
+        for part in (key_TGd, value_TGd)
+    )
+    # The kernel aligns the ends of queries and keys: the last token of an answer sees everything, the one before
+    # it all but the last, and so on.
+    answers = _variable_length(
+        query_THd[count:], key_THd, value_THd, rows.answer_start_S, packing.start_S, longest, longest, (-1, 0)
+    )
+    return torch.cat([prompts, answers])
+
+
+def _mutual(query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, start_S: Tensor, longest: int) -> Tensor:
+    groups = query_THd.shape[1] // key_TGd.shape[1]
+    # Heads that share keys become further queries of one head: nothing is repeated, forward or backward.
+    query_NGd = query_THd.unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
+    attended_NGd = _variable_length(
+        query_NGd, key_TGd, value_TGd, start_S * groups, start_S, longest * groups, longest, (-1, -1)
+    )
+    return attended_NGd.unflatten(0, (-1, groups)).transpose(1, 2).flatten(1, 2)
+
+
+def _variable_length(
+    query_NHd: Tensor,
+    key_KHd: Tensor,
+    value_KHd: Tensor,
+    query_start_S: Tensor,
+    key_start_S: Tensor,
+    longest_query: int,
+    longest_key: int,
+    window: tuple[int, int],
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    key_TGd, value_TGd = key_1GTd[0].transpose(0, 1), value_1GTd[0].transpose(0, 1)
-    groups = query_1HTd.shape[1] // key_TGd.shape[1]
-    # Heads that share keys become further queries of one head: nothing is repeated, forward or backward.
-    query_NGd = query_1HTd[0].unflatten(0, (-1, groups)).permute(2, 1, 0, 3).flatten(0, 1)
-    attended_NGd = varlen_attn(
-        query_NGd.contiguous(),
-        key_TGd.contiguous(),
-        value_TGd.contiguous(),
-        packing.start_S * groups,
-        packing.start_S,
-        packing.longest * groups,
-        packing.longest,
+    attended = varlen_attn(
+        query_NHd.contiguous(),
+        key_KHd.contiguous(),
+        value_KHd.contiguous(),
+        query_start_S,
+        key_start_S,
+        longest_query,
+        longest_key,
+        window_size=window,
     )
-    assert isinstance(attended_NGd, Tensor)
-    return attended_NGd.unflatten(0, (-1, groups)).permute(2, 1, 0, 3).flatten(0, 1)[None]
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+class Reordered(torch.autograd.Function):
+    """Rows in another order; the backward pass takes them back without adding up, which is faster and exact."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_TX: Tensor, order_T: Tensor, place_T: Tensor) -> Tensor:
+        """Return `rows_TX[order_T]`; `place_T` is the inverse order."""
+        ctx.save_for_backward(place_T)
+        return rows_TX.index_select(0, order_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient in the old order."""
+        (place_T,) = ctx.saved_tensors
+        return gradients[0].index_select(0, place_T), None, None
 
 
 def fold_heads(query_BHLd: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,8 @@ from torch import Tensor, nn
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.models.action_expert import ActionExpert
 from spear_lightning.models.gemma import KeyValue
-from spear_lightning.models.packing import pack_real_tokens
+from spear_lightning.models.packing import RealTokens, pack_real_tokens
 from spear_lightning.models.spear_vlm import SpearVLM, positions_of
-
-
-class RealTokens(NamedTuple):
-    """How much of a padded batch is real, as numbers that need no question to the device.
-
-    Attributes:
-        images: Camera name -> how many samples have it.
-        text: Text tokens in all samples together.
-    """
-
-    images: dict[str, int]
-    text: int
 
 
 @dataclass(frozen=True)
@@ -109,9 +96,7 @@ class SpearVLA(nn.Module):
         if mask_BP is None or real is None:
             mask = None if mask_BP is None else mask_BP[:, None, None]
             return Prefix(language_model.key_values(tokens_BPD, positions, mask), mask_BP, positions)
-        visual = self.vlm.visual_tokens(images)
-        count = real.text + sum(visual[camera] * number for camera, number in real.images.items())
-        packing = pack_real_tokens(mask_BP, count)
+        packing = pack_real_tokens(mask_BP, self.vlm.real_tokens(images, real))
         packed = language_model.key_values(packing.pack(tokens_BPD), packing.pack(positions), packing)
         key_values = [
             KeyValue(*(packing.unpack(part.transpose(1, 2)).transpose(1, 2) for part in pair)) for pair in packed

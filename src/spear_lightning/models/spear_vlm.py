@@ -18,6 +18,7 @@ from spear_lightning.models.encoders.base import VisionEncoder
 from spear_lightning.models.encoders.fusion import Fusion, MeanFusion
 from spear_lightning.models.gemma import GemmaLanguageModel
 from spear_lightning.models.gemma_shape import GemmaShape
+from spear_lightning.models.packing import RealTokens, pack_answers
 from spear_lightning.models.paligemma_weights import load_paligemma
 
 
@@ -80,10 +81,11 @@ class SpearVLM(nn.Module):
         """Return the encoders by name."""
         return {name: cast(VisionEncoder, encoder) for name, encoder in self.encoders.items()}
 
-    def visual_tokens(self, images: Mapping[str, Tensor]) -> dict[str, int]:
-        """Return camera name -> how many tokens an image (B, 3, H, W) of it becomes."""
+    def real_tokens(self, images: Mapping[str, Tensor], real: RealTokens) -> int:
+        """Return how many tokens of a batch's prefixes are real, of images (B, 3, H, W) and text together."""
         encoder = next(iter(self.vision_encoders().values()))
-        return {camera: math.prod(encoder.grid(*pixels.shape[-2:])) for camera, pixels in images.items()}
+        visual = {camera: math.prod(encoder.grid(*pixels.shape[-2:])) for camera, pixels in images.items()}
+        return real.text + sum(visual[camera] * number for camera, number in real.images.items())
 
     def encode_images(
         self,
@@ -185,6 +187,7 @@ class SpearVLM(nn.Module):
         input_ids: Tensor,
         text_mask: Tensor | None,
         answer_mask: Tensor | None = None,
+        real: RealTokens | None = None,
     ) -> Tensor:
         """Run the language model over images and text (prefix-LM: answers are causal).
 
@@ -194,12 +197,15 @@ class SpearVLM(nn.Module):
             input_ids: See `embed_prefix`; each row is a prompt, which may be followed by its answer.
             text_mask: See `embed_prefix`; padding comes last.
             answer_mask: bool like `input_ids`, True for the tokens of the answer; `None`: there are no answers.
+            real: How much of the batch is real: absent images are not encoded, and the language model reads
+                the real tokens of all samples in one row. `None` computes padding as well.
 
         Returns:
             Hidden states (B, P, D) after the final norm, the last L of them the text's; `language_head` gives
             their logits.
         """
-        tokens_BPD, valid_BP = self.embed_prefix(images, image_mask, input_ids, text_mask)
+        present = None if real is None else real.images
+        tokens_BPD, valid_BP = self.embed_prefix(images, image_mask, input_ids, text_mask, present)
         positions = positions_of(tokens_BPD, valid_BP)
         if answer_mask is None:
             mask = None if valid_BP is None else valid_BP[:, None, None]
@@ -210,7 +216,12 @@ class SpearVLM(nn.Module):
         mask_BPP = (place_P[:, None] >= place_P) | ~causal_BP[:, None]
         if valid_BP is not None:
             mask_BPP = mask_BPP & valid_BP[:, None]
-        return self.language_model(tokens_BPD, positions, mask_BPP[:, None])
+        if valid_BP is None or real is None:
+            return self.language_model(tokens_BPD, positions, mask_BPP[:, None])
+        count = self.real_tokens(images, real)
+        packing = pack_answers(valid_BP, causal_BP, mask_BPP, count, real.answers)
+        packed = self.language_model(packing.pack(tokens_BPD), packing.pack(positions), packing)
+        return packing.unpack(packed)
 
     def language_head(self, hidden_BLD: Tensor) -> Tensor:
         """Return logits (B, L, vocab_size + new_tokens) of hidden states (B, L, D)."""

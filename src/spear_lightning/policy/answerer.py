@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import ConfigError, ShapeError
-from spear_lightning.models import PromptTokenizer, SpearVLM
+from spear_lightning.models import PromptTokenizer, RealTokens, SpearVLM
 from spear_lightning.models.answer_loss import most_likely, token_losses
 from spear_lightning.models.generation import generate
 from spear_lightning.robot_data.images import CameraSpec, fit_image
@@ -111,7 +111,11 @@ class Answerer(nn.Module):
     def hidden_of_answers(self, batch: VqaBatch) -> Tensor:
         """Return the hidden states (T, D) from which the answers' tokens are predicted, row by row."""
         text_mask, answer_mask = batch.token_mask, batch.answer_mask
-        hidden_BPD = self.vlm(batch.images, batch.image_mask, batch.input_ids, text_mask, answer_mask)
+        real = None
+        if self.vlm.packed:
+            counted = batch.counted()
+            real = RealTokens(counted.present or {}, counted.text_tokens or 0, len(batch.answer_places))
+        hidden_BPD = self.vlm(batch.images, batch.image_mask, batch.input_ids, text_mask, answer_mask, real)
         text, prefix = answer_mask.shape[1], hidden_BPD.shape[1]
         row_T, place_T = batch.answer_places // text, batch.answer_places % text
         # A text begins with bos, so no answer begins at place 0: the token before it is one of the text.

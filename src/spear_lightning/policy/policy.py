@@ -105,8 +105,9 @@ class Policy(nn.Module):
     def prepare(self, batch: RobotBatch) -> PolicyInputs:
         """Tokenise and normalise a batch, on the device its tensors are on."""
         input_ids, text_mask = self.prompt.encode(batch.instructions)
-        packed = self.vla.vlm.packed
-        real = RealTokens(batch.cameras_present(), int(text_mask.sum())) if packed else None
+        real = None
+        if self.vla.vlm.packed:
+            real = RealTokens(batch.counted().present or {}, int(text_mask.sum()))
         device = batch.state.device
         if device.type == "cuda":
             # From ordinary memory the copy would wait until the GPU has done all its work.

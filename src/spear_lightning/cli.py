@@ -26,7 +26,7 @@ VERBS = {
 }
 """Verb -> what it does, and the module whose `main(arguments) -> int` does it."""
 
-EXTRAS = {"mujoco": "sim", "vla_eval": "sim"}
+EXTRAS = {"mujoco": "sim", "scipy": "label", "vla_eval": "sim"}
 """Module that only some verbs need -> the extra that brings it."""
 
 TRAINER_VERBS = ("fit", "validate", "test", "predict")

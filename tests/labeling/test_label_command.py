@@ -163,6 +163,15 @@ def test_statistics_are_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{np.median(distances):.3g}" in printed
 
 
+def test_a_missing_scipy_is_said_before_any_image_is_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "images", ["0.jpg"])
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert cli.main(["label", "--images", str(tmp_path / "images"), "--names", "cup", f"--out={tmp_path}"]) == 1
+    assert "pip install 'spear-lightning[label]'" in capsys.readouterr().err
+
+
 def test_errors_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["label", "stats", str(tmp_path)]) == 1
     assert "There are no labels" in capsys.readouterr().err

@@ -65,7 +65,11 @@ def _label(arguments: Sequence[str]) -> int:
     from spear_lightning.labeling.pipeline import LabelingRun
 
     parser = label_parser()
-    config = parser.instantiate(parser.parse_args(with_images(arguments)))
+    options = parser.parse_args(with_images(arguments))
+    # Boxes are fitted with it: if it is missing, this is said before models are loaded and replies are paid.
+    import scipy  # noqa: F401
+
+    config = parser.instantiate(options)
     run = LabelingRun(**{name: config[name] for name in signature(LabelingRun).parameters})
     split = WorkSplit.from_environment()
     with _progress(split) as (bar, console):

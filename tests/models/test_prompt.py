@@ -48,6 +48,21 @@ def test_every_byte_has_an_id_of_its_own() -> None:
     assert bytes((input_ids[0, 1:] - 3).clamp(min=0).tolist()).startswith(bytes(range(1, 128)))
 
 
+def test_words_are_one_token_each_and_travel_along() -> None:
+    prompt = PromptTokenizer(max_length=10, words=["put the", " red", " on", " on the", " mug"])
+    # Words come after the 259 ids of bytes and special tokens; the longest that fits is taken.
+    text = "put the red mug on the tin"
+    expected = [2, 259, 260, 263, 262, *(3 + byte for byte in b" tin"), 3 + ord("\n")]
+    for tokenizer in (prompt, PromptTokenizer.from_json(prompt.to_json())):
+        ids, mask = tokenizer.encode([text])
+        assert ids[0].tolist() == expected
+        assert mask.all()
+        assert tokenizer.vocabulary.decode(expected[:-1]) == text
+        assert len(tokenizer) == 264
+    with pytest.raises(ConfigError, match="empty word"):
+        PromptTokenizer(words=[""])
+
+
 @pytest.mark.parametrize("kind", ["byte", "folder"])
 def test_long_prompts_lose_their_end_but_not_the_newline(
     kind: str, tokenizer_folder: str, caplog: pytest.LogCaptureFixture

@@ -233,14 +233,16 @@ class PromptTokenizer:
         tokenizer: "byte" for UTF-8 bytes, which needs no files; otherwise a hub id or a folder, such as
             `google/paligemma-3b-pt-224`.
         max_length: Tokens of a prompt, padding included.
+        words: Words that become one token each wherever they stand, blanks in them included: a small model that
+            learns from few sentences need not learn to spell. The longest that fits is taken.
     """
 
-    def __init__(self, tokenizer: str = BYTE, max_length: int = 48) -> None:
-        self._set_up(
-            tokenizer,
-            max_length,
-            ByteVocabulary() if tokenizer == BYTE else PretrainedVocabulary.load(tokenizer),
-        )
+    def __init__(self, tokenizer: str = BYTE, max_length: int = 48, words: Sequence[str] = ()) -> None:
+        vocabulary = ByteVocabulary() if tokenizer == BYTE else PretrainedVocabulary.load(tokenizer)
+        if "" in words:
+            raise ConfigError("A token needs a text", where="prompt.words", found="an empty word")
+        vocabulary.add(words)
+        self._set_up(tokenizer, max_length, vocabulary)
 
     def _set_up(self, name: str, max_length: int, vocabulary: Vocabulary) -> None:
         fixed = 1 + len(vocabulary.newline)

@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	$(BIN)/spear demo
 
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --durations 10
 	@echo "make test: the test suite passed"
 
 lint: $(VENV)/.installed-test

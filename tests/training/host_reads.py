@@ -26,7 +26,7 @@ READS = {
 WRITES = {aten.lift_fresh.default}
 """A tensor is made of Python's numbers: from there it would be copied out of memory that is not page-locked."""
 
-ON_THE_HOST = ("resumable_stream.py __iter__", "robot_data_module.py transfer_batch_to_device")
+ON_THE_HOST = ("resumable_stream.py __iter__", "call.py _call_lightning_datamodule_hook")
 """The loader works in CPU memory, and a batch comes from there."""
 
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}

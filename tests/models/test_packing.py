@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spear_lightning.models import RealTokens, SpearVLA
+from spear_lightning.models import SpearVLA
 from spear_lightning.models.gemma import attend
 from spear_lightning.models.packing import (
     ROUNDED_TO,
     Packing,
+    RealTokens,
     flash_attention,
     pack_answers,
     pack_real_tokens,

@@ -12,7 +12,6 @@ from spear_lightning.models.encoders import (
 )
 from spear_lightning.models.gemma_shape import GemmaShape
 from spear_lightning.models.moge import MogeV1, MogeV2
-from spear_lightning.models.packing import RealTokens
 from spear_lightning.models.prompt import PromptTokenizer
 from spear_lightning.models.spear_vla import Prefix, SpearVLA
 from spear_lightning.models.spear_vlm import SpearVLM
@@ -29,7 +28,6 @@ __all__ = [
     "MogeV2",
     "Prefix",
     "PromptTokenizer",
-    "RealTokens",
     "SiglipEncoder",
     "SpearVLA",
     "SpearVLM",

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import ConfigError, ShapeError
-from spear_lightning.models import PromptTokenizer, RealTokens, SpearVLM
+from spear_lightning.models import PromptTokenizer, SpearVLM
 from spear_lightning.models.answer_loss import most_likely, token_losses
 from spear_lightning.models.generation import generate
+from spear_lightning.models.packing import RealTokens
 from spear_lightning.robot_data.images import CameraSpec, fit_image
 from spear_lightning.vqa import location_tokens
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, token_names

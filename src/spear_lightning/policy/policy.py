@@ -18,7 +18,8 @@ from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.flow import ActionFlow
 from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.poses import ChunkMode
-from spear_lightning.models import Prefix, PromptTokenizer, RealTokens, SpearVLA
+from spear_lightning.models import Prefix, PromptTokenizer, SpearVLA
+from spear_lightning.models.packing import RealTokens
 from spear_lightning.policy.normalizer import ActionNormalizer
 from spear_lightning.robot_data.images import CameraSpec, fit_image
 

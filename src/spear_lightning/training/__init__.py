@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.sharded_strategy import ShardedStrategy
+    from spear_lightning.training.step_speed import StepSpeed
     from spear_lightning.training.tracking import MLflowRunLogger
     from spear_lightning.training.validation_pictures import ValidationPictures
     from spear_lightning.training.vla_module import VLAModule
@@ -52,6 +53,7 @@ _HOMES = {
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
     "ShardedStrategy": "sharded_strategy",
+    "StepSpeed": "step_speed",
     "StopOnSignal": "preemption",
     "VLAModule": "vla_module",
     "VLMModule": "vlm_module",
@@ -78,6 +80,7 @@ __all__ = [
     "RobotDataModule",
     "RunCheckpoint",
     "ShardedStrategy",
+    "StepSpeed",
     "StopOnSignal",
     "VLAModule",
     "VLMModule",

@@ -52,6 +52,7 @@ EXPLAINED = {
     "--trainer.callbacks (baseline of SPEAR-VLM)": "spear_lightning.training.ConstantMeanBaseline",
     "--trainer.callbacks (compilation)": "spear_lightning.training.RegionalCompile",
     "--trainer.callbacks (8-bit products)": "spear_lightning.training.Float8Products",
+    "--trainer.callbacks (speed)": "spear_lightning.training.StepSpeed",
     "--trainer.callbacks (success rates)": "spear_lightning.training.ClosedLoopEvaluation",
     "--trainer.strategy (sharded)": "spear_lightning.training.ShardedStrategy",
     "--trainer.logger (MLflow)": "spear_lightning.training.MLflowRunLogger",

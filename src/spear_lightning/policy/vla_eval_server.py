@@ -218,8 +218,11 @@ def episode_key(task: Mapping[str, Any]) -> int:
 
 def joined(batches: list[RobotBatch]) -> RobotBatch:
     """Return one batch of several that have the same cameras."""
-    values: dict[str, Any] = {}
+    # Cameras are counted anew.
+    values: dict[str, Any] = {"present": None}
     for item in fields(RobotBatch):
+        if item.name in values:
+            continue
         parts = [getattr(batch, item.name) for batch in batches]
         if isinstance(parts[0], Tensor):
             values[item.name] = torch.cat(parts)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -121,3 +123,20 @@ def test_configurations_that_cannot_work(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"bos token"):
         PromptTokenizer(str(tmp_path))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.text("ab <é.", min_size=1, max_size=4), min_size=1, max_size=9), st.text("ab <é.x", max_size=24))
+def test_added_words_are_found_as_by_trying_the_longest_first(words: set[str], text: str) -> None:
+    prompt = PromptTokenizer()
+    prompt.add_tokens(sorted(words))
+    (found,) = prompt.vocabulary.encode([text])
+    expected: list[int] = []
+    place = 0
+    while place < len(text):
+        fitting = [word for word in words if text.startswith(word, place)]
+        word = max(fitting, key=len, default=text[place])
+        expected += [259 + sorted(words).index(word)] if fitting else [3 + byte for byte in word.encode()]
+        place += len(word)
+    assert found == expected
+    assert prompt.vocabulary.decode(found) == text

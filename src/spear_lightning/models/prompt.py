@@ -11,6 +11,8 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,9 +97,7 @@ class ByteVocabulary(Vocabulary):
     def _learn(self, words: Mapping[str, int]) -> None:
         self._added.update(words)
         self._words = {number: name for name, number in self._added.items()}
-        # Longer words first, so that none hides in another.
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._added else None
+        self._split = re.compile(f"({_any_of(sorted(self._added))})") if self._added else None
 
     def reserve(self, count: int) -> None:
         """Leave ids out."""
@@ -138,6 +138,25 @@ class ByteVocabulary(Vocabulary):
     def to_dict(self) -> dict[str, Any]:
         """Return the added words, if there are any: there is one byte vocabulary otherwise."""
         return {"added": self.added, "size": self._size} if self._added else {}
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """Return a pattern of the longest of some words that fits.
+
+    Common beginnings are shared: alternatives are tried one by one, and there are thousands of numbered tokens.
+
+    Args:
+        words: Sorted, each once.
+    """
+    if words == [""]:
+        return ""
+    branches = [
+        re.escape(first) + _any_of([word[1:] for word in group])
+        for first, group in groupby([word for word in words if word], key=itemgetter(0))
+    ]
+    pattern = branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+    # A word that others begin with comes last, so that none of these hides behind it.
+    return f"(?:{pattern})?" if words[0] == "" else pattern
 
 
 class PretrainedVocabulary(Vocabulary):
@@ -242,9 +261,9 @@ class PromptTokenizer:
         if "" in words:
             raise ConfigError("A token needs a text", where="prompt.words", found="an empty word")
         vocabulary.add(words)
-        self._set_up(tokenizer, max_length, vocabulary)
+        self._set_up(tokenizer, max_length, vocabulary, words)
 
-    def _set_up(self, name: str, max_length: int, vocabulary: Vocabulary) -> None:
+    def _set_up(self, name: str, max_length: int, vocabulary: Vocabulary, words: Sequence[str]) -> None:
         fixed = 1 + len(vocabulary.newline)
         if max_length <= fixed:
             raise ConfigError(
@@ -256,6 +275,7 @@ class PromptTokenizer:
         self.tokenizer = name
         self.max_length = max_length
         self.vocabulary = vocabulary
+        self.words = list(words)
         self.cut_prompts = 0
 
     def __len__(self) -> int:
@@ -318,7 +338,8 @@ class PromptTokenizer:
     def to_json(self) -> str:
         """Return everything needed to encode as now, without files or a network."""
         values = {"schema": SCHEMA, "tokenizer": self.tokenizer, "max_length": self.max_length}
-        return json.dumps({**values, **self.vocabulary.to_dict()})
+        words = {"words": self.words} if self.words else {}
+        return json.dumps({**values, **words, **self.vocabulary.to_dict()})
 
     @classmethod
     def from_json(cls, text: str) -> PromptTokenizer:
@@ -338,7 +359,7 @@ class PromptTokenizer:
                 tokenizer = Tokenizer.from_str(values["backend"])
                 vocabulary = PretrainedVocabulary(tokenizer, values["pad"], values["bos"], values.get("eos"))
             prompt = cls.__new__(cls)
-            prompt._set_up(values["tokenizer"], values["max_length"], vocabulary)
+            prompt._set_up(values["tokenizer"], values["max_length"], vocabulary, values.get("words", []))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 "The stored tokenizer cannot be read", found=f"{type(error).__name__}: {error}"

@@ -222,13 +222,14 @@ def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> list[s
     """
     stored = read_answerer(path)
     probe = ["Put the red-ish cup on plate 7.", "über"]
-    expected = PromptTokenizer.from_json(stored.description["tokenizer"]).vocabulary.encode(probe)
-    if prompt.vocabulary.encode(probe) != expected:
+    trained = PromptTokenizer.from_json(stored.description["tokenizer"])
+    same = prompt.vocabulary.encode(probe) == trained.vocabulary.encode(probe)
+    if not same or prompt.words != trained.words:
         raise CheckpointError(
             "The policy's tokenizer is not the SPEAR-VLM's",
-            where="policy.prompt.tokenizer",
-            found=prompt.tokenizer,
-            expected=json.loads(stored.description["tokenizer"])["tokenizer"],
+            where="policy.prompt.tokenizer, policy.prompt.words",
+            found=f"{prompt.tokenizer}, words {prompt.words}",
+            expected=f"{trained.tokenizer}, words {trained.words}",
         )
     weights = {
         name[len(VLM_PREFIX) :]: tensor for name, tensor in stored.weights.items() if name.startswith(VLM_PREFIX)

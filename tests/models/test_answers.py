@@ -8,10 +8,11 @@ import pytest
 import torch
 from paligemma_reference import IMAGE_TOKEN, SIGLIP, paligemma
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PaliGemmaForConditionalGeneration
 
 from spear_lightning.models import GemmaShape, SiglipEncoder, SpearVLM
-from spear_lightning.models.answer_loss import most_likely, token_losses
+from spear_lightning.models.answer_loss import NearBins, most_likely, token_losses
 from spear_lightning.models.generation import generate
 
 ROWS, NEW, END = 300, 8, 1
@@ -86,6 +87,23 @@ def test_losses_in_parts_have_the_same_values_and_gradients(models: tuple, pictu
         torch.testing.assert_close(found, expected)
     expected = vlm.language_head(hidden).argmax(-1)
     assert torch.equal(most_likely(vlm.language_head, hidden, at_once=4), expected)
+
+
+def test_near_bins_are_a_normal_target_and_words_are_as_before(models: tuple) -> None:
+    _, vlm = models
+    hidden = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    bins = [0, 3, NEW - 1]
+    target = torch.tensor([5, 17, END, *(ROWS + place for place in bins)])
+    found = token_losses(vlm.language_head, hidden, target, at_once=4, near=NearBins(ROWS, 1.5))
+    logits = vlm.language_head(hidden)
+    torch.testing.assert_close(found[:3], cross_entropy(logits[:3], target[:3], reduction="none"))
+    shares = torch.zeros(3, ROWS + NEW)
+    for row, place in enumerate(bins):
+        density = torch.distributions.Normal(place, 1.5).log_prob(torch.arange(NEW)).exp()
+        shares[row, ROWS:] = density / density.sum()
+    torch.testing.assert_close(found[3:], cross_entropy(logits[3:], shares, reduction="none"))
+    narrow = token_losses(vlm.language_head, hidden, target, near=NearBins(ROWS, 0.1))
+    torch.testing.assert_close(narrow, token_losses(vlm.language_head, hidden, target))
 
 
 @torch.no_grad()

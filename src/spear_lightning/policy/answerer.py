@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.models import PromptTokenizer, SpearVLM
-from spear_lightning.models.answer_loss import most_likely, token_losses
+from spear_lightning.models.answer_loss import NearBins, most_likely, token_losses
 from spear_lightning.models.generation import generate
 from spear_lightning.models.packing import RealTokens
 from spear_lightning.robot_data.images import CameraSpec, fit_image
@@ -123,10 +123,16 @@ class Answerer(nn.Module):
         before_T = row_T * prefix + (prefix - text) + place_T - 1
         return hidden_BPD.flatten(0, 1).index_select(0, before_T)
 
-    def losses(self, batch: VqaBatch) -> tuple[Tensor, Tensor]:
-        """Return the cross entropy of the answers' tokens, float32 (T,), and which are 3D tokens, bool (T,)."""
+    def losses(self, batch: VqaBatch, spread: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the cross entropy of the answers' tokens, float32 (T,), and which are 3D tokens, bool (T,).
+
+        Args:
+            batch: Questions and answers.
+            spread: Bins by which 3D tokens may be off and count as partly right (see `NearBins`); 0: none.
+        """
         targets = batch.at_answers(batch.input_ids)
-        losses = token_losses(self.vlm.language_head, self.hidden_of_answers(batch), targets)
+        near = NearBins(self.vlm.language.vocab_size, spread) if spread else None
+        losses = token_losses(self.vlm.language_head, self.hidden_of_answers(batch), targets, near=near)
         return losses, batch.at_answers(batch.coordinate_mask)
 
     @torch.no_grad()

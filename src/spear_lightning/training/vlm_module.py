@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 
 from spear_lightning.batches import VqaBatch
 from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.models.coordinate_rows import correlate_rows
 from spear_lightning.policy.answerer import Answerer
 from spear_lightning.policy.answerer_files import (
     PREFIX,
@@ -52,10 +53,18 @@ class VLMModule(SpearModule):
     model writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
     `scale`.
 
+    `coordinate_spread` and `coordinate_reach` are additions to the paper, off by default: they tell a model that
+    starts from random weights, and has minutes, that 3D tokens are places on a line.
+
     Args:
         answerer: What is trained.
         recipe: Optimizer and learning-rate schedule.
         coordinate_weights: Optimizer step -> lambda from then on; begins at 0.
+        coordinate_spread: Standard deviation, in bins, of the target of a 3D token in the training loss (see
+            `models.answer_loss.NearBins`); 0: the true bin alone. Validation always takes the true bin.
+        coordinate_reach: How far embeddings of 3D tokens start out like their neighbours', as a share of all bins
+            (see `models.coordinate_rows`); 0: each row is drawn alone. Weights from `init_from` are left as
+            they are.
         seed: Seed of the module's random numbers; there are none at present.
         init_from: SPEAR-VLM to take weights, tokenizer and the meaning of 3D tokens from: checkpoint (averaged
             weights where it has them), exported folder or hub id; only at the start of a new run.
@@ -66,6 +75,8 @@ class VLMModule(SpearModule):
         answerer: Answerer,
         recipe: OptimizerRecipe,
         coordinate_weights: dict[int, float] | None = None,
+        coordinate_spread: float = 0.0,
+        coordinate_reach: float = 0.0,
         seed: int = 0,
         init_from: str | None = None,
     ) -> None:
@@ -79,6 +90,14 @@ class VLMModule(SpearModule):
                 found=self.coordinate_weights,
                 expected="optimizer step -> weight of at least 0, beginning at step 0",
             )
+        if coordinate_spread < 0 or not 0 <= coordinate_reach <= 1:
+            raise ConfigError(
+                "3D tokens cannot be told to be neighbours in this way",
+                where="model.coordinate_spread, model.coordinate_reach",
+                found=(coordinate_spread, coordinate_reach),
+                expected="a spread of at least 0 bins, and a reach in [0, 1]",
+            )
+        self.coordinate_spread, self.coordinate_reach = coordinate_spread, coordinate_reach
         # Made anew for every validation; not part of the network.
         self._metrics: dict[str, Any] = {}
 
@@ -112,6 +131,9 @@ class VLMModule(SpearModule):
         """Load pretrained weights of the parts that name some, or everything from `init_from`."""
         if self.init_from is None:
             self.answerer.vlm.load_pretrained()
+            rows = self.answerer.vlm.language_model.new_embeddings
+            if self.coordinate_reach and rows is not None:
+                correlate_rows(rows.weight, self.coordinate_reach)
             return
         stored = read_answerer(self.init_from)
         load_policy_weights(self.answerer, stored.weights, where=stored.where)
@@ -156,7 +178,7 @@ class VLMModule(SpearModule):
 
     def training_step(self, batch: VqaBatch, batch_index: int) -> Tensor:
         """Return the loss of one batch."""
-        losses_T, is_coordinate_T = self.answerer.losses(batch)
+        losses_T, is_coordinate_T = self.answerer.losses(batch, self.coordinate_spread)
         weight = self.coordinate_weight(self.trainer.global_step)
         count = losses_T.new_full((), len(losses_T))
         if self.trainer.world_size > 1:

@@ -270,7 +270,7 @@ def test_labelled_images_can_be_read_and_repeated(tmp_path: Path) -> None:
         assert [item.name for item in label.objects] == [item.name for item in again.objects]
         # JPEG at quality 92 of a noisy picture.
         assert np.abs(picture.astype(float) - raw).mean() < 4
-        assert len(label.objects) >= 2
+        assert label.objects
     other = labelled_image(4, 0, (112, 84))[1]
     assert (other != labelled_image(3, 0, (112, 84))[1]).mean() > 0.5
 

@@ -32,13 +32,16 @@ SAMPLED_PIXELS = 32
 """Random pixels of an image whose points are stored."""
 
 
-def demo_label(seed: int, height: int = 105, width: int = 140) -> tuple[ImageLabel, np.ndarray]:
-    """Make one labelled picture: two to four boxes on a table before a camera that looks down at it.
+def demo_label(
+    seed: int, height: int = 105, width: int = 140, boxes: tuple[int, int] = (2, 4)
+) -> tuple[ImageLabel, np.ndarray]:
+    """Make one labelled picture: a few boxes on a table before a camera that looks down at it.
 
     Args:
         seed: Everything follows from it.
         height: Rows.
         width: Columns.
+        boxes: Fewest and most boxes, of 1 to 4.
 
     Returns:
         The label (metric), and the picture, uint8 (height, width, 3).
@@ -47,14 +50,14 @@ def demo_label(seed: int, height: int = 105, width: int = 140) -> tuple[ImageLab
     camera = _camera(rng, height, width)
     pitch, distance = rng.uniform(0.4, 1.1), rng.uniform(0.5, 0.7)
     tilt = quaternions.from_rotvec(torch.tensor([pitch, 0.0, 0.0], dtype=torch.float64))
-    boxes = _boxes(rng, tilt, distance)
+    shown = _boxes(rng, tilt, distance, boxes)
     rays_HW3 = _rays(camera)
-    depth_HW, number_HW, shade_HW = _cast(rays_HW3, boxes, tilt, distance)
+    depth_HW, number_HW, shade_HW = _cast(rays_HW3, shown, tilt, distance)
     points_HW3 = rays_HW3 * depth_HW[..., None]
-    names = rng.permutation(list(COLOURS))[: len(boxes)]
+    names = rng.permutation(list(COLOURS))[: len(shown)]
     palette = np.array([TABLE, *(COLOURS[name] for name in names)])
     image_HW3 = (palette[number_HW] * shade_HW[..., None]).clip(0, 255).astype(np.uint8)
-    objects = _objects(points_HW3, number_HW, boxes, [f"{name} box" for name in names])
+    objects = _objects(points_HW3, number_HW, shown, [f"{name} box" for name in names])
     known = np.argwhere(np.isfinite(depth_HW))
     chosen = known[rng.choice(len(known), min(SAMPLED_PIXELS, len(known)), replace=False)]
     label = ImageLabel(
@@ -73,7 +76,9 @@ def demo_label(seed: int, height: int = 105, width: int = 140) -> tuple[ImageLab
     return label, image_HW3
 
 
-def write_demo_labels(folder: str | Path, images: int, seed: int = 0, shard_size: int = 1000) -> None:
+def write_demo_labels(
+    folder: str | Path, images: int, seed: int = 0, shard_size: int = 1000, boxes: tuple[int, int] = (2, 4)
+) -> None:
     """Write labelled pictures (see `demo_label`) as a label store.
 
     Args:
@@ -81,10 +86,11 @@ def write_demo_labels(folder: str | Path, images: int, seed: int = 0, shard_size
         images: How many pictures.
         seed: Of the first picture; the others follow.
         shard_size: Pictures of a shard.
+        boxes: Fewest and most boxes of a picture, of 1 to 4.
     """
     with LabelWriter(folder, shard_size) as writer:
         for number in range(seed, seed + images):
-            label, image_HW3 = demo_label(number)
+            label, image_HW3 = demo_label(number, boxes=boxes)
             writer.add(label, simplejpeg.encode_jpeg(np.ascontiguousarray(image_HW3), quality=92))
 
 
@@ -99,10 +105,12 @@ def _rays(camera: PixelIntrinsics) -> np.ndarray:
     return camera.unproject(pixels, torch.ones(pixels.shape[:-1], dtype=pixels.dtype)).numpy()
 
 
-def _boxes(rng: np.random.Generator, tilt: torch.Tensor, distance: float) -> list[OrientedBox]:
+def _boxes(
+    rng: np.random.Generator, tilt: torch.Tensor, distance: float, number: tuple[int, int]
+) -> list[OrientedBox]:
     """Stand boxes on the table plane, one in each of some sectors around the point the camera looks at."""
     boxes = []
-    turns = np.arange(4)[: rng.integers(2, 5)] + rng.uniform(0, 1)
+    turns = np.arange(4)[: rng.integers(number[0], number[1] + 1)] + rng.uniform(0, 4)
     for turn in turns * math.pi / 2:
         size = torch.from_numpy(rng.uniform(0.04, 0.12, 3))
         radius = rng.uniform(0.09, 0.15)

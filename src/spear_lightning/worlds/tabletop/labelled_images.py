@@ -21,8 +21,9 @@ from spear_lightning.worlds.tabletop.world import Tabletop
 CAMERAS = ("primary", "secondary")
 """Cameras of the pictures; which one is drawn at random."""
 
-DISTRACTORS = (2, 4)
-"""Fewest and most objects besides the task's own."""
+DISTRACTORS = (0, 4)
+"""Fewest and most objects besides the task's own. Where there are few, a model can learn to find objects before it
+can read which one is meant: all objects of a picture lie about as far apart as all objects of all pictures."""
 
 LATEST_MOMENT = 12
 """The expert of a random task acts for less than this many steps before the picture is taken."""

@@ -110,7 +110,9 @@ def _boxes(
 ) -> list[OrientedBox]:
     """Stand boxes on the table plane, one in each of some sectors around the point the camera looks at."""
     boxes = []
-    turns = np.arange(4)[: rng.integers(number[0], number[1] + 1)] + rng.uniform(0, 4)
+    # Where there may be a single one, it stands in any sector; several are all around anyway.
+    first = 4 if number[0] == 1 else 1
+    turns = np.arange(4)[: rng.integers(number[0], number[1] + 1)] + rng.uniform(0, first)
     for turn in turns * math.pi / 2:
         size = torch.from_numpy(rng.uniform(0.04, 0.12, 3))
         radius = rng.uniform(0.09, 0.15)

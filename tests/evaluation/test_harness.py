@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,13 +108,23 @@ def test_the_harness_own_commands_give_the_same_episodes(
     run += ["--server-url", f"ws://127.0.0.1:{port}", "--output-dir", str(tmp_path)]
     server = subprocess.Popen([*serve, "--args.checkpoint", str(checkpoint), "--args.device", "cpu"])
     try:
-        # It waits for the server, with growing pauses.
+        # The command itself waits for half a minute.
+        await_port(server, port)
         subprocess.run(run, check=True, capture_output=True, timeout=600)
     finally:
         server.terminate()
         server.wait()
     aggregate = json.loads((tmp_path / "closed_loop_aggregate.json").read_text())
     assert read_episodes(aggregate, reference.protocol, where=tmp_path) == reference.episodes
+
+
+def await_port(server: subprocess.Popen[bytes], port: int) -> None:
+    """Return when the server listens, or is gone."""
+    while server.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(0.1)
 
 
 def test_a_padded_batch_gives_each_observation_what_it_gets_alone(policy: Policy) -> None:

@@ -18,7 +18,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.policy.sharded_files import read_folder
@@ -27,7 +26,6 @@ from spear_lightning.training.checkpoint_writing import (
     SaveUnderWay,
     begin_file,
     finish_saving,
-    new_stager,
     remove,
     save_under_way,
     write_file,
@@ -45,7 +43,6 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
     def __init__(self) -> None:
         self.save_under_way = SaveUnderWay()
-        self._stager: DefaultStager | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint, whole or not at all.
@@ -65,11 +62,10 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         if storage_options != IN_BACKGROUND or not self._has_room_for(checkpoint):
             write_file(checkpoint, final)
             return
-        self._stager = self._stager or new_stager()
-        self.save_under_way.begin(begin_file(checkpoint, final, self._stager), final)
+        self.save_under_way.begin(begin_file(checkpoint, final, self.save_under_way.stager), final)
 
     def _has_room_for(self, checkpoint: dict[str, Any]) -> bool:
-        if self._stager is not None:
+        if self.save_under_way.has_memory:
             return True
         sizes: dict[int, int] = {}
         apply_to_collection(checkpoint, Tensor, lambda tensor: sizes.update({tensor.data_ptr(): tensor.nbytes}))
@@ -89,10 +85,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
     def teardown(self) -> None:
         """Wait for what is being written, and give the memory back."""
-        self.save_under_way.wait()
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        self.save_under_way.close()
 
     def load_checkpoint(
         self,

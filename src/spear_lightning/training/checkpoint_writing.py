@@ -34,12 +34,24 @@ FILE_BYTES = 2**27
 
 
 class SaveUnderWay:
-    """The one checkpoint that is being written while training goes on, and what must wait for it."""
+    """The one checkpoint that is being written while training goes on, its copy, and what must wait for it."""
 
     def __init__(self) -> None:
+        self._stager: DefaultStager | None = None
         self._future: Future[Any] | None = None
         self._path = Path()
         self._afterwards: list[Callable[[], Any]] = []
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is memory for a copy already."""
+        return self._stager is not None
+
+    @property
+    def stager(self) -> DefaultStager:
+        """What copies checkpoints; it takes its memory when it is first used."""
+        self._stager = self._stager or new_stager()
+        return self._stager
 
     def begin(self, future: Future[Any], path: Path) -> None:
         """Take charge of a write; the one before must have been waited for."""
@@ -78,6 +90,17 @@ class SaveUnderWay:
             ) from error
         for action in afterwards:
             action()
+
+    def close(self) -> None:
+        """Wait, and give the copy's memory back.
+
+        Raises:
+            CheckpointError: If the checkpoint could not be written.
+        """
+        self.wait()
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
 
 
 def save_under_way(trainer: L.Trainer) -> SaveUnderWay | None:

@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
@@ -25,7 +24,6 @@ from spear_lightning.training.checkpoint_writing import (
     IN_BACKGROUND,
     SaveUnderWay,
     begin_folder,
-    new_stager,
     partial_path,
     remove,
 )
@@ -63,7 +61,6 @@ class ShardedStrategy(ModelParallelStrategy):
         self.shard_size = shard_size
         self.reshard_after_forward = reshard_after_forward
         self.save_under_way = SaveUnderWay()
-        self._stager: DefaultStager | None = None
         self._writers: dist.ProcessGroup | None = None
         self._path: Path | None = None
 
@@ -137,7 +134,6 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._writers is None:
             # Its own, since training goes on communicating in the others; CPUs need no GPU to talk.
             self._writers = dist.new_group(backend="gloo")
-        self._stager = self._stager or new_stager()
         if self.global_rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial_path(path), ignore_errors=True)
@@ -150,7 +146,9 @@ class ShardedStrategy(ModelParallelStrategy):
         plain["optimizer_states"] = [
             {key: state[key] for key in ("scalars", "param_groups")} for state in optimizers
         ]
-        self.save_under_way.begin(begin_folder(tensors, plain, path, self._stager, self._writers), path)
+        self.save_under_way.begin(
+            begin_folder(tensors, plain, path, self.save_under_way.stager, self._writers), path
+        )
         if storage_options != IN_BACKGROUND:
             self.save_under_way.wait()
 
@@ -161,10 +159,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def teardown(self) -> None:
         """Wait for what is being written, and end."""
-        self.save_under_way.wait()
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
+        self.save_under_way.close()
         super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

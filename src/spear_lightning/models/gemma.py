@@ -43,7 +43,6 @@ class GemmaAttention(nn.Module):
     def __init__(self, shape: GemmaShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.groups = shape.heads // shape.kv_heads
         self.q_proj = nn.Linear(shape.width, shape.heads * shape.head_dim, bias=False)
         self.k_proj = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(shape.width, shape.kv_heads * shape.head_dim, bias=False)

@@ -115,7 +115,9 @@ class Answerer(nn.Module):
         real = None
         if self.vlm.packed:
             counted = batch.counted()
-            real = RealTokens(counted.present or {}, counted.text_tokens or 0, len(batch.answer_places))
+            assert counted.present is not None
+            assert counted.text_tokens is not None
+            real = RealTokens(counted.present, counted.text_tokens, len(batch.answer_places))
         hidden_BPD = self.vlm(batch.images, batch.image_mask, batch.input_ids, text_mask, answer_mask, real)
         text, prefix = answer_mask.shape[1], hidden_BPD.shape[1]
         row_T, place_T = batch.answer_places // text, batch.answer_places % text

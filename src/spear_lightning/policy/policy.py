@@ -108,7 +108,9 @@ class Policy(nn.Module):
         input_ids, text_mask = self.prompt.encode(batch.instructions)
         real = None
         if self.vla.vlm.packed:
-            real = RealTokens(batch.counted().present or {}, int(text_mask.sum()))
+            present = batch.counted().present
+            assert present is not None
+            real = RealTokens(present, int(text_mask.sum()))
         device = batch.state.device
         if device.type == "cuda":
             # From ordinary memory the copy would wait until the GPU has done all its work.

@@ -317,7 +317,7 @@ def test_fit_help_explains_our_options(capsys: pytest.CaptureFixture[str]) -> No
     for room in (flow, models, training):
         for name in room.__all__:
             own = getattr(room, name)
-            abstract = inspect.isabstract(own) or name in ("Prefix", "FlowSample", "RealTokens")
+            abstract = inspect.isabstract(own) or name in ("Prefix", "FlowSample")
             # Its own section: Lightning lists bare names of whatever happens to be imported.
             assert abstract or f": {room.__name__}.{name}\n" in text, name
     for option, explanation in {

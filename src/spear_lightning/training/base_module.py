@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 
 from spear_lightning.errors import CheckpointError
@@ -109,6 +111,24 @@ class SpearModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimizer and schedule from the recipe."""
         return self.recipe.configure(self)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, before an optimizer of one kernel (`fused`) too.
+
+        Lightning refuses that pair in every mixed precision: such an optimizer divides by float16's loss scale
+        itself, after the clipping. bfloat16 has no loss scale.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what makes the checkpoint self-sufficient."""

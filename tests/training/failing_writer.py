@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.training import checkpoint_writing
-from spear_lightning.training.checkpoint_writing import SaveUnderWay, begin_folder, new_stager
+from spear_lightning.training.checkpoint_writing import CopyOnCpu, SaveUnderWay, begin_folder
 
 
 def join(folder: Path, rank: int) -> None:
@@ -28,7 +28,7 @@ def begin(folder: Path, step: int, save: SaveUnderWay) -> None:
     # Both processes have both tensors; torch lets each write one.
     tensors = {f"state_dict.{number}": torch.full((3,), float(step)) for number in range(2)}
     path = folder / f"step_{step}.ckpt"
-    save.begin(begin_folder(tensors, {"global_step": step}, path, new_stager()), path)
+    save.begin(begin_folder(tensors, {"global_step": step}, path, CopyOnCpu()), path)
 
 
 def fail(*_: Any) -> None:

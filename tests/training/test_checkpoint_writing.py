@@ -22,7 +22,7 @@ from spear_lightning.errors import CheckpointError
 from spear_lightning.policy.sharded_files import read_folder
 from spear_lightning.training import checkpoint_files, checkpoint_writing
 from spear_lightning.training.checkpoint_files import RunCheckpoint, WholeFileCheckpointIO
-from spear_lightning.training.checkpoint_writing import SaveUnderWay, begin_folder, new_stager
+from spear_lightning.training.checkpoint_writing import CopyOnCpu, SaveUnderWay, begin_folder
 from spear_lightning.training.ema import ExponentialMovingAverage
 
 Fit = Callable[..., L.Trainer]
@@ -106,6 +106,19 @@ def test_what_is_written_while_training_goes_on_is_the_state_when_it_was_asked_f
             assert_same(saved[entry], wanted[entry])
 
 
+def test_the_copy_takes_its_memory_once() -> None:
+    state = {"weights": {"a": torch.arange(3.0)}, "step": 1, "names": ["a"]}
+    copy = CopyOnCpu()
+    first = copy.stage(state)
+    state["weights"]["a"] += 1  # type: ignore[index]
+    second = copy.stage({**state, "step": 2})
+    assert second["weights"]["a"].tolist() == [1.0, 2.0, 3.0]
+    assert (second["step"], second["names"]) == (2, ["a"])
+    assert second["weights"]["a"].data_ptr() == first["weights"]["a"].data_ptr()
+    assert second["weights"]["a"].data_ptr() != state["weights"]["a"].data_ptr()  # type: ignore[index]
+    copy.close()
+
+
 def test_an_older_checkpoint_goes_when_the_newer_one_is_complete(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +165,7 @@ def test_a_folder_of_several_files_replaces_one_of_the_same_name(
     path = tmp_path / "step_1.ckpt"
     path.mkdir()
     (path / "old").touch()
-    begin_folder(tensors, {"global_step": 1}, path, new_stager()).result()
+    begin_folder(tensors, {"global_step": 1}, path, CopyOnCpu()).result()
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     assert len(list(path.glob("*.safetensors"))) == 3
     assert not (path / "old").exists()

@@ -3,8 +3,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -176,6 +178,20 @@ def test_schedule_length_comes_from_the_trainer_or_the_recipe(fit: Any, tiny_mod
 def test_learning_rate_advances_with_optimizer_steps_not_batches(fit: Any, tiny_module: Any) -> None:
     trainer = fit(tiny_module(total_steps=100), [], max_steps=4, accumulate_grad_batches=2)
     assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_gradients_are_clipped_before_an_optimizer_of_one_kernel(
+    fit: Any, tiny_module: Any, precision: str
+) -> None:
+    class Norms(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            weights = (weight for weight in pl_module.parameters() if weight.grad is not None)
+            self.norm = torch.cat([weight.grad.flatten() for weight in weights]).norm()  # type: ignore[union-attr]
+
+    norms = Norms()
+    fit(tiny_module(fused=True), [norms], max_steps=1, gradient_clip_val=1e-3, precision=precision)
+    torch.testing.assert_close(norms.norm, torch.tensor(1e-3), rtol=1e-2, atol=0)
 
 
 def test_nothing_to_train_is_an_error(fit: Any, tiny_module: Any) -> None:

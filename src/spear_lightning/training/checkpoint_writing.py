@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
@@ -33,11 +34,38 @@ FILE_BYTES = 2**27
 """Size at which a process begins another file: building one halts its Python, and takes as much memory again."""
 
 
+class CopyOnCpu(AsyncStager):
+    """Copies a checkpoint's tensors to CPU memory, and keeps that memory (page-locked beside a GPU) for next time.
+
+    torch's `DefaultStager` does the same, but in torch 2.11 closes itself after its first copy.
+    """
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_available()
+        self._copies = StateDictStager(pin_memory=self._gpu)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of a nested dictionary, complete when this returns; the one before is overwritten."""
+        copied: dict[str, Any] = self._copies.stage(state_dict, non_blocking=self._gpu)
+        if self._gpu:
+            torch.cuda.synchronize()
+        return copied
+
+    def synchronize_staging(self) -> None:
+        """Do nothing: a copy is complete when `stage` returns."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._copies.close()
+
+
 class SaveUnderWay:
     """The one checkpoint that is being written while training goes on, its copy, and what must wait for it."""
 
     def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
+        self._stager: CopyOnCpu | None = None
         self._future: Future[Any] | None = None
         self._path = Path()
         self._afterwards: list[Callable[[], Any]] = []
@@ -48,9 +76,9 @@ class SaveUnderWay:
         return self._stager is not None
 
     @property
-    def stager(self) -> DefaultStager:
+    def stager(self) -> CopyOnCpu:
         """What copies checkpoints; it takes its memory when it is first used."""
-        self._stager = self._stager or new_stager()
+        self._stager = self._stager or CopyOnCpu()
         return self._stager
 
     def begin(self, future: Future[Any], path: Path) -> None:
@@ -121,16 +149,6 @@ def finish_saving(trainer: L.Trainer) -> None:
         under_way.wait()
 
 
-def new_stager() -> DefaultStager:
-    """Return what copies tensors to CPU memory, and keeps that memory (page-locked beside a GPU) for next time."""
-    gpu = torch.cuda.is_available()
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
-        )
-    )
-
-
 def partial_path(path: Path) -> Path:
     """Return under which name a checkpoint is written: hidden, and not found by whoever looks for checkpoints."""
     return path.with_name(f".{path.name}.partial")
@@ -146,7 +164,7 @@ def write_file(checkpoint: Any, path: Path) -> None:
     os.replace(partial, path)
 
 
-def begin_file(checkpoint: dict[str, Any], path: Path, stager: DefaultStager) -> Future[None]:
+def begin_file(checkpoint: dict[str, Any], path: Path, stager: CopyOnCpu) -> Future[None]:
     """Begin to write a checkpoint to one file; everything in it may change when this returns.
 
     Args:
@@ -168,7 +186,7 @@ def begin_folder(
     tensors: dict[str, Tensor],
     plain: Mapping[str, Any],
     path: Path,
-    stager: DefaultStager,
+    stager: CopyOnCpu,
     group: dist.ProcessGroup | None = None,
 ) -> Future[Any]:
     """Begin to write a checkpoint to a folder, each process its share; all processes must call it.

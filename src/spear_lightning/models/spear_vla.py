@@ -68,6 +68,32 @@ class SpearVLA(nn.Module):
         self.vlm = vlm
         self.expert = expert
 
+    def forward(
+        self,
+        images: Mapping[str, Tensor],
+        image_mask: Mapping[str, Tensor] | None,
+        input_ids: Tensor,
+        text_mask: Tensor | None,
+        state: Tensor,
+        noisy: Tensor,
+        tau: Tensor,
+        real: RealTokens | None = None,
+    ) -> Tensor:
+        """Return `velocity` of observations, each of which may stand for several points of flow paths.
+
+        Args:
+            images: See `encode_prefix`; B samples.
+            image_mask: See `encode_prefix`.
+            input_ids: See `encode_prefix`.
+            text_mask: See `encode_prefix`.
+            state: See `velocity`; a multiple of B samples, all points of an observation one after the other.
+            noisy: See `velocity`.
+            tau: See `velocity`.
+            real: See `encode_prefix`.
+        """
+        prefix = self.encode_prefix(images, image_mask, input_ids, text_mask, real)
+        return self.velocity(prefix.repeated(len(tau) // len(input_ids)), state, noisy, tau)
+
     def encode_prefix(
         self,
         images: Mapping[str, Tensor],

@@ -136,9 +136,17 @@ class Policy(nn.Module):
         """
         inputs = self.prepare(batch)
         sample = self.flow.sample_path(_repeated(inputs.actions, flow_samples), generator)
-        prefix = self._prefix(inputs)
         state = _repeated(inputs.state, flow_samples)
-        velocity_BHA = self.vla.velocity(prefix.repeated(flow_samples), state, sample.noisy, sample.tau)
+        velocity_BHA = self.vla(
+            inputs.images,
+            inputs.image_mask,
+            inputs.input_ids,
+            inputs.text_mask,
+            state,
+            sample.noisy,
+            sample.tau,
+            inputs.real,
+        )
         return self.flow.losses(velocity_BHA, sample, _repeated(batch.action_mask, flow_samples))
 
     @torch.no_grad()

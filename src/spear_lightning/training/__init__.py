@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.freeze_schedule import FreezeSchedule, Phase
     from spear_lightning.training.geometry_data_module import GeometryDataModule
     from spear_lightning.training.geometry_module import GeometryModule
+    from spear_lightning.training.graphed_network import GraphedNetwork
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
     from spear_lightning.training.optimizer import OptimizerRecipe
@@ -44,6 +45,7 @@ _HOMES = {
     "FreezeSchedule": "freeze_schedule",
     "GeometryDataModule": "geometry_data_module",
     "GeometryModule": "geometry_module",
+    "GraphedNetwork": "graphed_network",
     "ImageAugmentation": "image_augmentation",
     "LabelledImageDataModule": "labelled_image_data_module",
     "MLflowRunLogger": "tracking",
@@ -71,6 +73,7 @@ __all__ = [
     "FreezeSchedule",
     "GeometryDataModule",
     "GeometryModule",
+    "GraphedNetwork",
     "ImageAugmentation",
     "LabelledImageDataModule",
     "MLflowRunLogger",

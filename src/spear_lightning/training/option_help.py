@@ -51,6 +51,7 @@ EXPLAINED = {
     "--trainer.callbacks (pictures of 3D boxes)": "spear_lightning.training.BoxPictures",
     "--trainer.callbacks (baseline of SPEAR-VLM)": "spear_lightning.training.ConstantMeanBaseline",
     "--trainer.callbacks (compilation)": "spear_lightning.training.RegionalCompile",
+    "--trainer.callbacks (CUDA graphs)": "spear_lightning.training.GraphedNetwork",
     "--trainer.callbacks (8-bit products)": "spear_lightning.training.Float8Products",
     "--trainer.callbacks (speed)": "spear_lightning.training.StepSpeed",
     "--trainer.callbacks (success rates)": "spear_lightning.training.ClosedLoopEvaluation",

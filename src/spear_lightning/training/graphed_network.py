@@ -1,0 +1,146 @@
+"""Replay a small network's kernels as one CUDA graph, forward and another backward.
+
+A small network's kernels are shorter than it takes to order them one by one, so the GPU waits for the processor.
+Recorded once, all of them are ordered at once. A large network gains nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from spear_lightning.errors import ConfigError
+from spear_lightning.models import SpearVLA
+from spear_lightning.models.packing import RealTokens
+from spear_lightning.training.vla_module import VLAModule
+
+log = logging.getLogger(__name__)
+
+_RECORDINGS = 4
+"""Kinds of batches after which something is wrong: each recording keeps the memory of a whole step."""
+
+
+class GraphedNetwork(Callback):
+    """Records the policy's network as CUDA graphs in the first step, and replays them in all others.
+
+    For training on one GPU with batches of one size; validation runs as it is. Parameters must stay where they are
+    in memory. Without a GPU it does nothing. After `RegionalCompile` it replays the compiled kernels.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the run can be recorded.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        if stage != "fit":
+            return
+        wrong = None
+        if not isinstance(pl_module, VLAModule):
+            wrong = f"{type(pl_module).__name__}, whose steps differ in size"
+        elif pl_module.policy.vla.vlm.packed:
+            wrong = "model.policy.vla.vlm.packed: true, so that steps differ in size"
+        elif trainer.world_size > 1:
+            wrong = f"{trainer.world_size} processes"
+        elif trainer.accumulate_grad_batches > 1:
+            # The second backward pass would overwrite the gradients that it should be added to.
+            wrong = f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches}"
+        if wrong is not None:
+            raise ConfigError(
+                "The steps of this run cannot be recorded as a CUDA graph",
+                where="GraphedNetwork",
+                found=wrong,
+                expected="a VLAModule that is not packed, on one GPU, without accumulated gradients",
+                remedy="leave the callback out",
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the recorder in the place of the network's forward pass."""
+        assert isinstance(pl_module, VLAModule)
+        if trainer.strategy.root_device.type != "cuda":
+            log.warning("There is no GPU: the network runs as it is")
+            return
+        network = pl_module.policy.vla
+        network.forward = RecordedForward(network)  # type: ignore[method-assign]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the network its own forward pass back, and the recordings' memory."""
+        if isinstance(pl_module, VLAModule):
+            pl_module.policy.vla.__dict__.pop("forward", None)
+
+
+class RecordedForward:
+    """`SpearVLA.forward` in training from a recording, made where there is none for such a batch.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: SpearVLA) -> None:
+        self.network = network
+        self._recordings: dict[Any, Callable[..., Tensor]] = {}
+
+    def __call__(
+        self,
+        images: Mapping[str, Tensor],
+        image_mask: Mapping[str, Tensor] | None,
+        input_ids: Tensor,
+        text_mask: Tensor | None,
+        state: Tensor,
+        noisy: Tensor,
+        tau: Tensor,
+        real: RealTokens | None = None,
+    ) -> Tensor:
+        """Return what `SpearVLA.forward` does."""
+        network, names = self.network, tuple(images)
+        if not (network.training and torch.is_grad_enabled()) or image_mask is None or text_mask is None:
+            return type(network).forward(
+                network, images, image_mask, input_ids, text_mask, state, noisy, tau, real
+            )
+        masks = [image_mask[name] for name in names]
+        tensors = [*images.values(), *masks, input_ids, text_mask, state, noisy, tau]
+        # A freeze schedule's next phase needs other gradients.
+        trained = tuple(parameter.requires_grad for parameter in network.parameters())
+        kind = (names, tuple((tensor.shape, tensor.dtype) for tensor in tensors), trained)
+        if kind not in self._recordings:
+            self._record(kind, names, tensors)
+        return self._recordings[kind](*tensors)
+
+    def _record(self, kind: Any, names: tuple[str, ...], tensors: list[Tensor]) -> None:
+        if len(self._recordings) == _RECORDINGS:
+            raise ConfigError(
+                "Batches of too many sizes are to be recorded as CUDA graphs",
+                where="GraphedNetwork",
+                found=[list(tensor.shape) for tensor in tensors],
+                expected=f"at most {_RECORDINGS} sizes in a run",
+                remedy="leave the callback out",
+            )
+        log.info("Recording the network's step as a CUDA graph")
+        examples = tuple(tensor.clone() for tensor in tensors)
+        recording: Any = torch.cuda.make_graphed_callables(
+            _FlatNetwork(self.network, names), examples, allow_unused_input=True
+        )
+        self._recordings[kind] = recording
+
+
+class _FlatNetwork(nn.Module):
+    """The network as a function of tensors alone, as recording wants it."""
+
+    def __init__(self, network: SpearVLA, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        count = len(self.names)
+        images = dict(zip(self.names, tensors[:count], strict=True))
+        masks = dict(zip(self.names, tensors[count : 2 * count], strict=True))
+        input_ids, text_mask, state, noisy, tau = tensors[2 * count :]
+        # Not `self.network(...)`, which leads back to the recording.
+        return type(self.network).forward(self.network, images, masks, input_ids, text_mask, state, noisy, tau)

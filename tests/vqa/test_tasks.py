@@ -21,6 +21,7 @@ from spear_lightning.vqa.back_projection import BackProjection
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer
 from spear_lightning.vqa.location_tokens import location_text, locations
 from spear_lightning.vqa.mixture import TaskMixture, load_task, read_answers
+from spear_lightning.vqa.naming import ObjectOrder
 from spear_lightning.vqa.object_tasks import BoxVertices, Closer, Distance, KeyPoints, RandomPixels, Relation
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task, clean_name
 
@@ -306,3 +307,43 @@ def test_every_task_has_several_wordings_and_its_path() -> None:
         assert type(load_task(task.path())) is type(task)
         quantizer = Quantizer.uniform(-1, 1)
         assert task.parse("", CoordinateTokens(quantizer), HEIGHT, WIDTH) is None
+
+
+def test_names_come_in_the_order_in_which_objects_are_seen() -> None:
+    task, rng = ObjectOrder(), np.random.default_rng(0)
+    (label,) = random_labels(1, 3)
+    boxes = [np.array([left, 0, left + 20, 10], np.float32) for left in (150, 20, 90, 240, 60)]
+    objects = [
+        replace(item, box_2d=box, distance=distance)
+        for item, box, distance in zip(label.objects, boxes, (0.5, 0.9, 0.7, 0.4, 0.8), strict=True)
+    ]
+    across = "the green bowl, the box 2, the knife sharp, the red mug, the café cup"
+    away = "the café cup, the red mug, the knife sharp, the box 2, the green bowl"
+    asked = set()
+    for _ in range(30):
+        pair = task.ask(Scene(replace(label, objects=tuple(objects)), TOKENS), [], rng)
+        assert pair is not None
+        asked.add(pair.question)
+        assert pair.answer == (across if "left" in pair.question else away)
+        found = task.parse(pair.answer, TOKENS, HEIGHT, WIDTH)
+        assert found is not None
+        assert task.errors(found, pair.truth) == {"naming_accuracy": 1.0}
+    assert asked == set(task.templates)
+
+
+def test_lists_that_are_wrong_or_too_long_or_unclear_score_less_or_are_not_asked() -> None:
+    task = ObjectOrder()
+    truth = Answer(np.zeros(0), "the mug, the cup, the bowl")
+    for text, share in (("the mug, the bowl, the cup", 1 / 3), ("the mug, the cup", 2 / 3), ("the plate", 0.0)):
+        found = task.parse(text, TOKENS, HEIGHT, WIDTH)
+        assert found is not None
+        assert task.errors(found, truth) == {"naming_accuracy": pytest.approx(share)}
+    for text in ("", "mug", "the mug,", ", the mug", "the mug is <3d_0001>", "a mug. a cup"):
+        assert task.parse(text, TOKENS, HEIGHT, WIDTH) is None
+    (label,) = random_labels(1, 3)
+    rng = np.random.default_rng(0)
+    same = tuple(replace(item, distance=0.5) for item in label.objects)
+    many = tuple(replace(label.objects[0], name=f"mug {number}") for number in range(9))
+    for objects in (same, many, ()):
+        scene = Scene(replace(label, objects=objects), TOKENS)
+        assert all(task.ask(scene, [], rng) is None for _ in range(10))

@@ -17,7 +17,7 @@ from spear_lightning.vqa.metrics import MEASURES, AnswerMetrics
 if TYPE_CHECKING:
     from spear_lightning.training.vlm_module import VLMModule
 
-NO_ANSWER = ("choice_accuracy",)
+NO_ANSWER = ("choice_accuracy", "naming_accuracy")
 """What the baseline has no answer to."""
 
 

@@ -22,6 +22,7 @@ MEASURES = (
     "pixel_point_error",
     "projection_error_pixels",
     "choice_accuracy",
+    "naming_accuracy",
     "iou",
     "iou_at_0.25",
     "iou_at_0.5",
@@ -32,7 +33,7 @@ Errors are lengths in units of the batch's `unit`, but for the relative ones and
 of oriented boxes, `iou_at_T` the share of boxes with at least T.
 """
 
-NOT_PARSED = {"choice_accuracy": 0.0, "iou": 0.0, "iou_at_0.25": 0.0, "iou_at_0.5": 0.0}
+NOT_PARSED = {"choice_accuracy": 0.0, "naming_accuracy": 0.0, "iou": 0.0, "iou_at_0.25": 0.0, "iou_at_0.5": 0.0}
 """What an answer that does not parse counts as; errors have no such value, and are means over parsed answers."""
 
 

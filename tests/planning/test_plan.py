@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -115,6 +116,21 @@ def test_configurations_are_merged_as_the_command_line_does() -> None:
     assert merged(base, {"a": {"class_path": "B"}})["a"] == {"class_path": "B"}
     assert merged(base, {"callbacks+": [2]})["callbacks"] == [1, 2]
     assert merged(base, {"callbacks": [2]})["callbacks"] == [2]
+
+
+def test_arguments_that_are_mappings_are_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = tmp_path / "one_camera.yaml"
+    camera = {"front": {"width": 56, "height": 42, "fit": "pad"}}
+    change = {"data": {"init_args": {"cameras": camera, "chunks": {"horizon": 7}, "mixture": {"bridge": 2.0}}}}
+    overlay.write_text(yaml.safe_dump(change))
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "--config", str(FULL), "--config", str(overlay), "--print_config"])
+    line = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    found = merged(yaml.safe_load(FULL.read_text()), change)["data"]["init_args"]
+    assert found["mixture"] == line["mixture"] == {"bridge": 2.0}
+    assert found["cameras"].keys() == line["cameras"].keys() == {"front"}
+    assert found["chunks"] == line["chunks"] == {"horizon": 7, "rate_hz": 5.0, "mode": "cumulative"}
+    assert found["shares"] == line["shares"]
 
 
 def test_the_command_prints_a_plan_and_says_if_it_fits(capsys: pytest.CaptureFixture[str]) -> None:

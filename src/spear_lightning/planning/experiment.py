@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -100,22 +102,46 @@ def read_experiment(paths: Sequence[str | Path]) -> Experiment:
     )
 
 
-def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a configuration over another, as the command line does: mappings key by key, all else as a whole.
+def merged(base: Mapping[str, Any], change: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, Any]:
+    """Lay a configuration over another, as the command line does.
 
-    A list under a key that ends in `+` is added to the one that is there.
+    Mappings are merged key by key, but for arguments that are mappings by their type, such as cameras or tasks:
+    these are replaced, like all other values. A list under a key that ends in `+` is added to the one that is there.
+
+    Args:
+        base: The configuration below.
+        change: The configuration above.
+        whole: Keys whose mappings are replaced.
     """
     result = dict(base)
     for key, value in change.items():
         if key.endswith("+"):
             result[key[:-1]] = [*(result.get(key[:-1]) or []), *value]
             continue
-        old = result.get(key)
-        other_class = isinstance(value, Mapping) and "class_path" in value and isinstance(old, Mapping)
-        if other_class and isinstance(old, Mapping) and old.get("class_path") != value["class_path"]:
-            old = None
-        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        old, new = result.get(key), value
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and key not in whole:
+            same_class = value.get("class_path", old.get("class_path")) == old.get("class_path")
+            arguments = _mappings(str(base.get("class_path"))) if key == "init_args" else ()
+            new = merged(old, value, arguments) if same_class else value
+        result[key] = new
     return result
+
+
+def _mappings(path: str) -> set[str]:
+    """Return the names of the arguments of a class that take a mapping."""
+    module, _, name = path.rpartition(".")
+    try:
+        hints = get_type_hints(getattr(import_module(module), name).__init__)
+    except (ImportError, AttributeError, ValueError, NameError):
+        return set()
+    return {argument for argument, hint in hints.items() if _takes_mapping(hint)}
+
+
+def _takes_mapping(hint: Any) -> bool:
+    kind = get_origin(hint)
+    if kind in (Union, UnionType):
+        return any(_takes_mapping(part) for part in get_args(hint))
+    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def build_module(config: Mapping[str, Any]) -> SpearModule:

@@ -106,7 +106,7 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any], whole: Collection
     """Lay a configuration over another, as the command line does.
 
     Mappings are merged key by key, but for arguments that are mappings by their type, such as cameras or tasks:
-    these are replaced, like all other values. A list under a key that ends in `+` is added to the one that is there.
+    these are replaced, like all other values. A list under a key that ends in `+` is added to the one there.
 
     Args:
         base: The configuration below.

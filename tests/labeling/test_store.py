@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
@@ -65,6 +66,40 @@ def test_without_masks_only_masks_are_missing(folder: Path) -> None:
     label = LabelStore(folder)[5]
     assert_same(label, demo_label(5)[0], but=("mask",))
     assert all(item.mask.size == 0 for item in label.objects)
+
+
+def test_labels_of_every_kind_come_back_side_by_side(tmp_path: Path) -> None:
+    first, second = demo_label(0)[0], demo_label(1)[0]
+    written = [
+        replace(first, intrinsics=None, provenance={}),
+        replace(second, objects=(), pixels=second.pixels[:0], pixel_points=second.pixel_points[:0]),
+        replace(second, unit="scale_free", provenance={"box": "a", "detector": "b"}),
+        replace(first, objects=first.objects[1:], pixels=first.pixels[:3], pixel_points=first.pixel_points[:3]),
+    ]
+    image = simplejpeg.encode_jpeg(demo_label(0)[1])
+    with LabelWriter(tmp_path) as writer:
+        for label in written:
+            writer.add(label, image)
+    store = LabelStore(tmp_path, masks=True)
+    for index in (3, 1, 0, 2, 0):
+        assert_same(store[index], written[index])
+
+
+def test_lists_of_a_wrong_length_and_wrong_labels_are_refused_again_and_again(tmp_path: Path) -> None:
+    write_demo_labels(tmp_path, 2)
+    path = tmp_path / "labels-00000.parquet"
+    table = pq.read_table(path)
+    for field, values, message in (
+        ("vertices", [0.0, 0.0, 1.0], r"(?s)cannot be read.*3 numbers instead of 24"),
+        ("extents", [1.0, -1.0, 1.0], r"(?s)extent is negative.*demo-000001"),
+    ):
+        rows = table.to_pylist()
+        rows[1]["objects"][0][field] = values
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+        store = LabelStore(tmp_path)
+        for _ in range(2):
+            with pytest.raises(DataError, match=message):
+                store[1]
 
 
 def test_the_store_travels_to_workers(folder: Path) -> None:

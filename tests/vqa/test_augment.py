@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spear_lightning.errors import ConfigError
+from spear_lightning.geometry import quaternions
 from spear_lightning.geometry.cameras import PixelIntrinsics, fit_window
 from spear_lightning.labeling.demo_labels import COLOURS, demo_label
 from spear_lightning.labeling.records import ImageLabel, check_label
@@ -83,6 +84,20 @@ def test_windows_and_flips_commute_with_projection(scene: int, fit: str, height:
             sign = np.array([-1 if flipped else 1, 1, 1])
             np.testing.assert_allclose(item.centre, original.centre * sign, atol=1e-6)
             assert item.distance == original.distance
+
+
+def test_flipped_boxes_are_those_of_the_geometry() -> None:
+    label, _ = SCENES[0]
+    # A half turn about an axis in the y-z plane: its mirror image has the opposite sign, and so is the same.
+    half_turn = replace(label.objects[0], quaternion=np.array([0, 0.6, -0.8, 0], np.float32))
+    label = replace(label, objects=(*label.objects, half_turn))
+    for item, mirrored in zip(label.objects, mirror_label(label).objects, strict=True):
+        box = item.box.mirrored()
+        np.testing.assert_array_equal(mirrored.quaternion, quaternions.canonicalize(box.quaternion))
+        np.testing.assert_array_equal(mirrored.extents, box.extents)
+        np.testing.assert_array_equal(mirrored.centre, box.centre)
+        if item is not half_turn:
+            np.testing.assert_allclose(mirrored.vertices, box.canonical().vertices(), atol=1e-6)
 
 
 def test_flipping_twice_is_the_label_itself() -> None:

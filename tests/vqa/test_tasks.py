@@ -275,6 +275,18 @@ def test_examples_are_about_different_objects_and_read_back_in_order(all_tasks: 
     assert sizes == {1, 2, 3, 4}
 
 
+def test_tasks_are_drawn_as_numpy_draws(all_tasks: dict[str, float]) -> None:
+    mixture = TaskMixture(all_tasks, max_pairs=3)
+    rng = np.random.default_rng(5)
+    weights = np.array(list(all_tasks.values()))
+    drawn = rng.choice(len(weights), (1000, 3), p=weights / weights.sum())
+    pairs = rng.integers(1, 4, 1000)
+    plans = mixture.plan(1000, np.random.default_rng(5))
+    assert [plan[plan >= 0].tolist() for plan in plans] == [
+        row[:count].tolist() for row, count in zip(drawn, pairs, strict=True)
+    ]
+
+
 def test_plans_follow_the_weights() -> None:
     weights = {BoxVertices.path(): 3.0, Distance.path(): 1.0}
     mixture = TaskMixture(weights)

@@ -19,6 +19,7 @@ flat, row by row. The version stands in the file's metadata under `spear_labels_
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ VERSION_KEY = b"spear_labels_schema"
 
 _VECTORS = {"box_2d": (4,), "centre": (3,), "quaternion": (4,), "extents": (3,), "vertices": (8, 3)}
 _VECTORS |= {"closest": (3,), "furthest": (3,)}
+_IMAGE_NUMBERS = ("width", "height", "median_depth", "image_offset", "image_bytes")
 _NUMBERS = ("distance", "visible_fraction", "residual", "detection_score")
 
 
@@ -136,25 +138,73 @@ def _flat(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float32).ravel()
 
 
-def from_row(row: dict[str, Any]) -> tuple[ImageLabel, ImagePlace]:
-    """Return the label of a row, and where its image lies."""
-    width, height = row["width"], row["height"]
-    camera = row["intrinsics"]
-    label = ImageLabel(
-        image_id=row["image_id"],
-        width=width,
-        height=height,
-        source=row["source"],
-        unit=row["unit"],
-        median_depth=row["median_depth"],
-        objects=tuple(_object(item) for item in row["objects"]),
-        intrinsics=None if camera is None else _camera(camera, width, height),
-        pixels=_shaped(row["pixels"], (-1, 2)),
-        pixel_points=_shaped(row["pixel_points"], (-1, 3)),
-        provenance=dict(row["provenance"]),
-    )
-    place = ImagePlace(row["image_file"], row["image_offset"], row["image_bytes"], row["image_sha256"])
-    return label, place
+class LabelRows:
+    """Rows in the schema, kept as columns: a label is cut out of them when it is wanted.
+
+    Labels of a whole row group would take several milliseconds to make, and ten times the memory to keep.
+
+    Args:
+        table: The rows; columns of masks may be missing.
+
+    Attributes:
+        checked: Rows whose labels the reader has found to be right.
+
+    Raises:
+        ValueError: If a list of a fixed length has another.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        self.checked: set[int] = set()
+        table = table.combine_chunks()
+        self._columns = {name: table.column(name).chunk(0) for name in table.column_names}
+        self._numbers = {name: self._columns[name].to_numpy().tolist() for name in _IMAGE_NUMBERS}
+        provenances = [tuple(row) for row in self._columns["provenance"].to_pylist()]
+        shared = {row: dict(row) for row in provenances}
+        self._provenances = [shared[row] for row in provenances]
+        self._pixels = _Lists(self._columns["pixels"]), _Lists(self._columns["pixel_points"])
+        objects = self._columns["objects"]
+        items = objects.values
+        self._first: list[int] = objects.offsets.to_pylist()
+        self._names = items.field("name")
+        self._vectors = {name: _Lists(items.field(name)).shaped(shape) for name, shape in _VECTORS.items()}
+        self._values = {name: _array(items.field(name)).tolist() for name in ("points", *_NUMBERS)}
+        has_masks = any(field.name == "mask" for field in items.type)
+        self._masks = _Lists(items.field("mask")) if has_masks else None
+
+    def label(self, row: int) -> ImageLabel:
+        """Return the label of a row; its arrays are views of the columns."""
+        width, height = self._numbers["width"][row], self._numbers["height"][row]
+        camera = self._text("intrinsics", row)
+        pixels, points = (part[row] for part in self._pixels)
+        return ImageLabel(
+            image_id=self._text("image_id", row),
+            width=width,
+            height=height,
+            source=self._text("source", row),
+            unit=self._text("unit", row),
+            median_depth=self._numbers["median_depth"][row],
+            objects=tuple(map(self._object, range(self._first[row], self._first[row + 1]))),
+            intrinsics=None if camera is None else _camera(camera, width, height),
+            pixels=pixels.reshape(-1, 2),
+            pixel_points=points.reshape(-1, 3),
+            provenance=self._provenances[row],
+        )
+
+    def place(self, row: int) -> ImagePlace:
+        """Return where the image of a row lies."""
+        offset, size = self._numbers["image_offset"][row], self._numbers["image_bytes"][row]
+        return ImagePlace(self._text("image_file", row), offset, size, self._text("image_sha256", row))
+
+    def _text(self, column: str, row: int) -> Any:
+        return self._columns[column][row].as_py()
+
+    def _object(self, number: int) -> ObjectLabel:
+        return ObjectLabel(
+            name=self._names[number].as_py(),
+            mask=np.zeros(0, np.int64) if self._masks is None else self._masks[number].astype(np.int64),
+            **{name: values[number] for name, values in self._vectors.items()},
+            **{name: values[number] for name, values in self._values.items()},
+        )
 
 
 def _camera(numbers: list[float], width: int, height: int) -> PixelIntrinsics:
@@ -162,12 +212,25 @@ def _camera(numbers: list[float], width: int, height: int) -> PixelIntrinsics:
     return PixelIntrinsics(fx, fy, cx, cy, width=width, height=height)
 
 
-def _object(row: dict[str, Any]) -> ObjectLabel:
-    values: dict[str, Any] = {name: _shaped(row[name], shape) for name, shape in _VECTORS.items()}
-    values |= {name: row[name] for name in _NUMBERS}
-    mask = np.asarray(row.get("mask", ()), np.int64)
-    return ObjectLabel(name=row["name"], mask=mask, points=row["points"], **values)
+class _Lists:
+    """A column of lists of numbers."""
+
+    def __init__(self, column: pa.ListArray) -> None:
+        self._first = column.offsets.to_numpy()
+        self._values = _array(column.values)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self._values[self._first[row] : self._first[row + 1]]
+
+    def shaped(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Return all lists as (rows, *shape)."""
+        wanted = math.prod(shape)
+        lengths = np.diff(self._first)
+        if (lengths != wanted).any():
+            raise ValueError(f"lists of {lengths[lengths != wanted][0]} numbers instead of {wanted}")
+        return self._values[self._first[0] : self._first[-1]].reshape(-1, *shape)
 
 
-def _shaped(values: list[float], shape: tuple[int, ...]) -> np.ndarray:
-    return np.array(values, np.float32).reshape(shape)
+def _array(column: pa.Array) -> np.ndarray:
+    """Return numbers in memory of their own, which unlike Arrow's may be written to: torch wants that."""
+    return np.array(column.to_numpy(zero_copy_only=False))

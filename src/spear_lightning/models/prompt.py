@@ -97,7 +97,10 @@ class ByteVocabulary(Vocabulary):
     def _learn(self, words: Mapping[str, int]) -> None:
         self._added.update(words)
         self._words = {number: name for name, number in self._added.items()}
-        self._split = re.compile(f"({_any_of(sorted(self._added))})") if self._added else None
+        # Words and single bytes are found in one pass; Latin-1 has a character for each byte.
+        names = {_as_latin(name): number for name, number in self._added.items()}
+        self._pieces = re.compile("|".join([*([_any_of(sorted(names))] if names else []), r"[\x00-\xff]"]))
+        self._ids = {**{chr(byte): self.first_byte + byte for byte in range(256)}, **names}
 
     def reserve(self, count: int) -> None:
         """Leave ids out."""
@@ -105,17 +108,8 @@ class ByteVocabulary(Vocabulary):
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return one id a byte, and one for each added word."""
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        ids = []
-        # Splitting by a group gives text and words in turn.
-        for number, part in enumerate(self._split.split(text) if self._split else [text]):
-            if number % 2:
-                ids.append(self._added[part])
-            else:
-                ids += [self.first_byte + byte for byte in part.encode("utf-8")]
-        return ids
+        ids = self._ids
+        return [[ids[piece] for piece in self._pieces.findall(_as_latin(text))] for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text; bytes that are no UTF-8 become the replacement character, reserved ids nothing."""
@@ -138,6 +132,11 @@ class ByteVocabulary(Vocabulary):
     def to_dict(self) -> dict[str, Any]:
         """Return the added words, if there are any: there is one byte vocabulary otherwise."""
         return {"added": self.added, "size": self._size} if self._added else {}
+
+
+def _as_latin(text: str) -> str:
+    """Return the bytes of a text in UTF-8, each as a character."""
+    return text.encode("utf-8").decode("latin-1")
 
 
 def _any_of(words: Sequence[str]) -> str:

@@ -99,8 +99,8 @@ class Quantizer:
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Return the bins, int64 of the same shape, of finite values; those outside get the outermost bin."""
-        found = np.searchsorted(self.edges, values, side="right") - 1
-        return found.clip(0, len(self) - 1)
+        # Without the outermost borders nothing lies outside.
+        return np.searchsorted(self.edges[1:-1], values, side="right")
 
     def decode(self, bins: np.ndarray) -> np.ndarray:
         """Return the middles of bins, float64 of the same shape."""
@@ -135,6 +135,7 @@ class CoordinateTokens:
         if len(quantizer) > 10_000:
             raise ConfigError("Too many 3D tokens", where="bins", found=len(quantizer), expected="at most 10000")
         self.quantizer = quantizer
+        self._names = token_names(len(quantizer))
         self.scale: Scale = scale
         self.encoded = 0
         self.clamped = 0
@@ -189,10 +190,15 @@ class CoordinateTokens:
         Args:
             values: Any shape, finite, in units of `unit`.
         """
+        return "".join(self.words(values))
+
+    def words(self, values: np.ndarray) -> list[str]:
+        """Return numbers as tokens, a word each (see `text`)."""
         values = np.asarray(values, np.float64).ravel()
         self.encoded += values.size
-        self.clamped += int(self.quantizer.outside(values).sum())
-        return "".join(map(token_name, self.quantizer.encode(values).tolist()))
+        self.clamped += int(np.count_nonzero(self.quantizer.outside(values)))
+        names = self._names
+        return [names[index] for index in self.quantizer.encode(values).tolist()]
 
     def values(self, text: str) -> np.ndarray | None:
         """Return the numbers of a text of nothing but 3D tokens (spaces may lie between), else None."""

@@ -19,7 +19,7 @@ from spear_lightning.vqa.labelled_images import LabelledImages
 from spear_lightning.vqa.mixture import Example, TaskMixture
 from spear_lightning.vqa.question_stream import QuestionStream
 from spear_lightning.vqa.task import Scene
-from spear_lightning.vqa.text_layout import TextLayout
+from spear_lightning.vqa.text_layout import Text, TextLayout
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 class _Sample(NamedTuple):
     label: ImageLabel
     pixels: torch.Tensor
-    example: Example
+    text: Text
     seen: bool
     clamped: int
 
@@ -86,8 +86,8 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
         dataset_B, image_B = self._finder[position_B]
         rows = zip(position_B.tolist(), dataset_B.tolist(), image_B.tolist(), plans, strict=True)
         samples = [self._sample(*row) for row in rows]
-        examples = [sample.example for sample in samples]
-        text = self._layout.lay_out(examples)
+        examples = [sample.text.example for sample in samples]
+        text = self._layout.lay_out([sample.text for sample in samples])
         labels = [sample.label for sample in samples]
         return VqaBatch(
             images={self._camera_name: torch.stack([sample.pixels for sample in samples])},
@@ -121,11 +121,11 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
         # A cut may leave nothing to ask about; then the image is shown as it is.
         for views in (self._views, ViewRecipe.plain()):
             view, pixels = make_view(label, image_HW3, self._camera, views, rng)
-            example = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
-            if example.pairs:
+            text = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
+            if text.example.pairs:
                 break
-        self.without_questions += not example.pairs
-        return _Sample(view, pixels, example, True, self._tokens.clamped - before)
+        self.without_questions += not text.example.pairs
+        return _Sample(view, pixels, text, True, self._tokens.clamped - before)
 
     def _masked(self, error: BrokenImage, label: ImageLabel) -> _Sample:
         """Say the first broken image of this process aloud, and count the others."""
@@ -133,7 +133,7 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
         if self.broken_images == 1:
             log.warning("%s\n  The sample is masked; further ones are not reported.", error)
         pixels = torch.zeros((3, self._camera.height, self._camera.width), dtype=torch.uint8)
-        return _Sample(label, pixels, Example(()), False, 0)
+        return _Sample(label, pixels, self._layout.encode(Example(())), False, 0)
 
 
 def _camera_numbers(label: ImageLabel) -> tuple[float, float, float, float]:

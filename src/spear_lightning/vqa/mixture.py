@@ -85,6 +85,8 @@ class TaskMixture:
             )
         self.tasks = [load_task(path) for path in weights]
         self._shares = np.array(list(weights.values())) / sum(weights.values())
+        self._upper = self._shares.cumsum()
+        self._upper /= self._upper[-1]
         self._max_pairs = max_pairs
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,9 +100,13 @@ class TaskMixture:
         Returns:
             int64 (count, max_pairs): numbers of tasks, -1 after an example's last.
         """
-        drawn = rng.choice(len(self.tasks), (count, self._max_pairs), p=self._shares)
+        drawn = self._draw((count, self._max_pairs), rng)
         pairs = rng.integers(1, self._max_pairs + 1, count)
         return np.where(np.arange(self._max_pairs) < pairs[:, None], drawn, -1)
+
+    def _draw(self, shape: int | tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Draw numbers of tasks by weight, as `rng.choice` does, which checks the weights each time."""
+        return np.searchsorted(self._upper, rng.random(shape), side="right")
 
     def fitted(self, plans: np.ndarray, available: np.ndarray) -> np.ndarray:
         """Leave out of plans the tasks for which an image has no objects left.
@@ -138,8 +144,7 @@ class TaskMixture:
         for planned in plan:
             if planned < 0:
                 continue
-            others = rng.choice(len(self.tasks), ATTEMPTS, p=self._shares)
-            for number in (planned, *others):
+            for number in (planned, *self._draw(ATTEMPTS, rng).tolist()):
                 pair, used = self._try(self.tasks[number], scene, free, rng)
                 if pair is not None:
                     pairs.append(pair)

@@ -64,8 +64,9 @@ class KeyPoints(AnyObject):
         """Ask about one object (see `Task`)."""
         (item,) = items
         points = np.stack([item.closest, item.furthest, item.centre]) / scene.unit
-        parts = zip(("closest", "furthest", "center"), points, strict=True)
-        answer = " ".join(f"{word} {scene.tokens.text(point)}" for word, point in parts)
+        words = scene.tokens.words(points)
+        parts = zip(("closest", "furthest", "center"), (words[:3], words[3:6], words[6:]), strict=True)
+        answer = " ".join(f"{name} {''.join(point)}" for name, point in parts)
         question = self._template(rng).format(name=clean_name(item.name))
         return QuestionAnswer(self, question, answer, Answer(points))
 
@@ -132,7 +133,7 @@ class Relation(AnyObject):
         """Ask about two objects (see `Task`)."""
         first, second = items
         way = (second.centre.astype(np.float64) - first.centre) / scene.unit
-        answer = " ".join(f"{axis} {scene.tokens.text(part)}" for axis, part in zip("xyz", way, strict=True))
+        answer = " ".join(f"{axis} {word}" for axis, word in zip("xyz", scene.tokens.words(way), strict=True))
         names = {"first": clean_name(first.name), "second": clean_name(second.name)}
         return QuestionAnswer(self, self._template(rng).format(**names), answer, Answer(way))
 
@@ -196,7 +197,7 @@ class Closer(Distance):
         if bins[0] == bins[1]:
             return None
         choice = first if distances[0] < distances[1] else second
-        texts = [scene.tokens.text(distance) for distance in distances]
+        texts = scene.tokens.words(distances)
         answer = f"the {first} is at {texts[0]}, the {second} is at {texts[1]}, so the {choice} is closer"
         question = self._template(rng).format(first=first, second=second)
         return QuestionAnswer(self, question, answer, Answer(distances, choice))

@@ -156,6 +156,6 @@ def measure_lengths(tasks: TaskMixture, scenes: Iterable[Scene], layout: TextLay
             items = [item for item in scene.nameable() if task.suits(scene, item)][: task.objects]
             pair = task.ask(scene, items, rng) if len(items) == task.objects else None
             if pair is not None:
-                lengths[number].append(layout.length(Example((pair,))))
+                lengths[number].append(len(layout.encode(Example((pair,)))))
         scene.tokens.encoded, scene.tokens.clamped = before
     return np.array([np.mean(found) if found else 0.0 for found in lengths])

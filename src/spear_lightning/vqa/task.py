@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -36,10 +36,13 @@ class Scene:
 
     def nameable(self) -> list[ObjectLabel]:
         """Return the objects whose name occurs once: of several instances, none can be asked for."""
-        times = Counter(clean_name(item.name) for item in self.label.objects)
-        return [item for item in self.label.objects if times[clean_name(item.name)] == 1 and clean_name(item.name)]
+        names = [clean_name(item.name) for item in self.label.objects]
+        return [
+            item for item, name in zip(self.label.objects, names, strict=True) if name and names.count(name) == 1
+        ]
 
 
+@lru_cache(maxsize=4096)
 def clean_name(name: str) -> str:
     """Return a name as it stands in questions and answers: lower case, single spaces, none of . , < >."""
     return " ".join(name.lower().translate(NOT_IN_NAMES).split())

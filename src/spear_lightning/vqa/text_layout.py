@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +53,25 @@ class TextRows(NamedTuple):
     coordinate_mask: Tensor
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token ids of an example.
+
+    Attributes:
+        example: The example.
+        question: Ids of bos, questions, newline.
+        answer: Ids of answers, eos; none if nothing is asked.
+    """
+
+    example: Example
+    question: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        return len(self.question) + len(self.answer)
+
+
 class TextLayout:
     """Lays out examples.
 
@@ -84,44 +104,38 @@ class TextLayout:
         self._is_coordinate[[part[0] for part in ids]] = True
         self.dropped = 0
 
-    def shortened(self, example: Example) -> Example:
-        """Return an example without its last questions, as many as it is too long by: answers are never cut."""
-        while example.pairs and self.length(example) > self._max_length:
-            example = Example(example.pairs[:-1])
+    def shortened(self, example: Example) -> Text:
+        """Encode an example without its last questions, as many as it is too long by: answers are never cut."""
+        text = self.encode(example)
+        while text.example.pairs and len(text) > self._max_length:
+            text = self.encode(Example(text.example.pairs[:-1]))
             self.dropped += 1
-        return example
+        return text
 
-    def length(self, example: Example) -> int:
-        """Return the number of tokens of an example without padding."""
-        return sum(map(len, self._rows([example])[0]))
+    def encode(self, example: Example) -> Text:
+        """Return the token ids of an example."""
+        vocabulary = self._vocabulary
+        question, answer = vocabulary.encode([example.question, example.answer])
+        return Text(
+            example,
+            [vocabulary.bos, *question, *vocabulary.newline],
+            [*answer, self._eos] if example.pairs else [],
+        )
 
-    def lay_out(self, examples: Sequence[Example]) -> TextRows:
-        """Return the texts of examples as a batch, padded to the longest.
+    def lay_out(self, texts: Sequence[Text]) -> TextRows:
+        """Return texts as a batch, padded to the longest.
 
         An example without questions is bos, newline without an answer: nothing of it is predicted.
         """
-        rows = self._rows(examples)
-        longest = max(len(question) + len(answer) for question, answer in rows)
+        longest = max(map(len, texts))
         length = -(-longest // MULTIPLE) * MULTIPLE
-        ids_BL = np.full((len(rows), length), self._vocabulary.pad, np.int64)
-        ends_B, starts_B = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        for row, (question, answer) in enumerate(rows):
-            starts_B[row], ends_B[row] = len(question), len(question) + len(answer)
-            ids_BL[row, : ends_B[row]] = [*question, *answer]
+        ids_BL = np.full((len(texts), length), self._vocabulary.pad, np.int64)
+        ends_B, starts_B = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
+        for row, text in enumerate(texts):
+            starts_B[row], ends_B[row] = len(text.question), len(text)
+            ids_BL[row, : len(text)] = text.question + text.answer
         place_L = np.arange(length)
         tokens_BL = place_L < ends_B[:, None]
         answers_BL = tokens_BL & (place_L >= starts_B[:, None])
         coordinates_BL = answers_BL & self._is_coordinate[ids_BL]
         return TextRows(*(torch.from_numpy(part) for part in (ids_BL, tokens_BL, answers_BL, coordinates_BL)))
-
-    def _rows(self, examples: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
-        vocabulary = self._vocabulary
-        questions = vocabulary.encode([example.question for example in examples])
-        answers = vocabulary.encode([example.answer for example in examples])
-        return [
-            (
-                [vocabulary.bos, *question, *vocabulary.newline],
-                [*answer, self._eos] if example.pairs else [],
-            )
-            for example, question, answer in zip(examples, questions, answers, strict=True)
-        ]

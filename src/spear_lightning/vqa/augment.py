@@ -104,7 +104,7 @@ def make_view(
     Returns:
         The label of the view (objects that are cut off left out), and its pixels, uint8 (3, height, width).
     """
-    scale, across, down, padded, flipped = rng.random(5)
+    scale, across, down, padded, flipped = rng.random(5).tolist()
     change = rng.uniform(-1, 1, 3)
     if padded < recipe.pad:
         camera = replace(camera, fit="pad")
@@ -143,15 +143,16 @@ def through_window(label: ImageLabel, window: Window, height: int, width: int, k
     places = [*(item.box_2d.reshape(2, 2) for item in label.objects), label.pixels]
     moved = window.to_output(torch.from_numpy(np.concatenate(places))).numpy()
     corners_N22, pixels = moved[: 2 * len(label.objects)].reshape(-1, 2, 2), moved[2 * len(label.objects) :]
-    inside_N22 = corners_N22.clip(low, high)
-    area_N, left_N = ((corners[:, 1] - corners[:, 0]).prod(-1) for corners in (corners_N22, inside_N22))
+    inside_N22 = np.minimum(np.maximum(corners_N22, low), high)
+    area_N, left_N = _areas(corners_N22), _areas(inside_N22)
     kept_N = (area_N > 0) & (left_N >= keep * area_N - 1e-6 * area_N)
     objects = [
         _changed(item, box_2d=inside.ravel(), mask=np.zeros(0, np.int64))
         for item, inside, kept in zip(label.objects, inside_N22, kept_N.tolist(), strict=True)
         if kept
     ]
-    seen: np.ndarray = np.all((pixels > low) & (pixels < high), axis=-1)
+    within = (pixels > low) & (pixels < high)
+    seen = within[:, 0] & within[:, 1]
     camera = label.intrinsics
     return _changed(
         label,
@@ -163,6 +164,11 @@ def through_window(label: ImageLabel, window: Window, height: int, width: int, k
         pixels=pixels[seen],
         pixel_points=label.pixel_points[seen],
     )
+
+
+def _areas(corners_N22: np.ndarray) -> np.ndarray:
+    sides = corners_N22[:, 1] - corners_N22[:, 0]
+    return sides[:, 0] * sides[:, 1]
 
 
 def _changed(record: Record, **changes: Any) -> Record:

@@ -59,6 +59,7 @@ class Quantizer:
                 where="quantizer.edges",
                 found=f"{len(self.edges)} borders from {self.edges.min()} to {self.edges.max()}",
             )
+        self._inner = self.edges[1:-1]
         self._middles = (self.edges[1:] + self.edges[:-1]) / 2
 
     @classmethod
@@ -100,7 +101,7 @@ class Quantizer:
     def encode(self, values: np.ndarray) -> np.ndarray:
         """Return the bins, int64 of the same shape, of finite values; those outside get the outermost bin."""
         # Without the outermost borders nothing lies outside.
-        return np.searchsorted(self.edges[1:-1], values, side="right")
+        return self._inner.searchsorted(values, side="right")
 
     def decode(self, bins: np.ndarray) -> np.ndarray:
         """Return the middles of bins, float64 of the same shape."""

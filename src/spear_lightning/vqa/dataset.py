@@ -23,6 +23,8 @@ from spear_lightning.vqa.text_layout import Text, TextLayout
 
 log = logging.getLogger(__name__)
 
+PLAIN = ViewRecipe.plain()
+
 
 class _Sample(NamedTuple):
     label: ImageLabel
@@ -119,7 +121,7 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
             return self._masked(error, self._sources[dataset].label(image))
         before = self._tokens.clamped
         # A cut may leave nothing to ask about; then the image is shown as it is.
-        for views in (self._views, ViewRecipe.plain()):
+        for views in (self._views, PLAIN):
             view, pixels = make_view(label, image_HW3, self._camera, views, rng)
             text = self._layout.shortened(self._mixture.ask(Scene(view, self._tokens), plan.tolist(), rng))
             if text.example.pairs:

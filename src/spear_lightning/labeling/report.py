@@ -68,7 +68,8 @@ def write_report(folder: str | Path, out: str | Path, images: int = 50, seed: in
     Raises:
         DataError: If there are no labels, or some are broken.
     """
-    store = LabelStore(folder, masks=True)
+    # Read in order: one row group after another, and those with masks are large.
+    store = LabelStore(folder, masks=True, cached_groups=1)
     found = measure(folder)
     chosen = np.random.default_rng(seed).permutation(len(store))[:images]
     labels = [_label(*store.read(int(index)), width) for index in np.sort(chosen)]

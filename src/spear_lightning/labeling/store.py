@@ -152,7 +152,8 @@ class LabelStore:
     Args:
         folder: Folder of shards.
         masks: Whether masks are read; without, labels have empty ones and are read faster.
-        cached_groups: Row groups of 64 images that are kept decoded: about 0.2 MB each, without masks.
+        cached_groups: Row groups of 64 images that are kept decoded: 0.1 to 0.2 MB each without masks, with
+            masks megabytes.
 
     Raises:
         DataError: If there are no shards, or one is broken or of an unknown version.

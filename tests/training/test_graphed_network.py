@@ -64,7 +64,7 @@ def inputs(samples: int = 2, draws: int = 2) -> dict[str, Any]:
 
 def step(vla: SpearVLA, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     vla.zero_grad()
-    velocity = vla(**given)
+    velocity = vla(*given.values())
     velocity.square().mean().backward()
     return velocity.detach(), {
         name: parameter.grad.clone() for name, parameter in vla.named_parameters() if parameter.grad is not None
@@ -84,9 +84,9 @@ def test_a_recorded_step_is_the_networks_own(module: VLAModule, recordings: list
     assert {id(parameter) for parameter in recordings[0].parameters()} == {id(p) for p in vla.parameters()}
     # Neither validation nor sampling is recorded, nor what comes without masks.
     with torch.no_grad():
-        assert torch.equal(vla(**inputs()), velocity)
-    vla.eval()(**inputs(4))
-    vla.train()(**{**inputs(4), "image_mask": None, "text_mask": None})
+        assert torch.equal(vla(*inputs().values()), velocity)
+    vla.eval()(*inputs(4).values())
+    vla.train()(*{**inputs(4), "image_mask": None, "text_mask": None}.values())
     assert len(recordings) == 1
 
 

@@ -1,4 +1,4 @@
-"""Replay a small network's kernels as one CUDA graph, forward and another backward.
+"""Replay a small network's kernels as CUDA graphs: one forward, one backward.
 
 A small network's kernels are shorter than it takes to order them one by one, so the GPU waits for the processor.
 Recorded once, all of them are ordered at once. A large network gains nothing.
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.models import SpearVLA
-from spear_lightning.models.packing import RealTokens
 from spear_lightning.training.vla_module import VLAModule
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ class GraphedNetwork(Callback):
             log.warning("There is no GPU: the network runs as it is")
             return
         network = pl_module.policy.vla
-        network.forward = RecordedForward(network)  # type: ignore[method-assign]
+        network.forward = RecordedForward(network)  # type: ignore[method-assign, assignment]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the network its own forward pass back, and the recordings' memory."""
@@ -87,32 +86,24 @@ class RecordedForward:
         self._recordings: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(
-        self,
-        images: Mapping[str, Tensor],
-        image_mask: Mapping[str, Tensor] | None,
-        input_ids: Tensor,
-        text_mask: Tensor | None,
-        state: Tensor,
-        noisy: Tensor,
-        tau: Tensor,
-        real: RealTokens | None = None,
+        self, images: Mapping[str, Tensor], image_mask: Mapping[str, Tensor] | None, *others: Any
     ) -> Tensor:
-        """Return what `SpearVLA.forward` does."""
+        """Return what `SpearVLA.forward` does with these arguments."""
         network, names = self.network, tuple(images)
-        if not (network.training and torch.is_grad_enabled()) or image_mask is None or text_mask is None:
-            return type(network).forward(
-                network, images, image_mask, input_ids, text_mask, state, noisy, tau, real
-            )
+        plain = all(part is None or isinstance(part, Tensor) for part in others)
+        if image_mask is None or not (plain and network.training and torch.is_grad_enabled()):
+            return type(network).forward(network, images, image_mask, *others)
+        given = tuple(part is not None for part in others)
         masks = [image_mask[name] for name in names]
-        tensors = [*images.values(), *masks, input_ids, text_mask, state, noisy, tau]
+        tensors = [*images.values(), *masks, *(part for part in others if part is not None)]
         # A freeze schedule's next phase needs other gradients.
         trained = tuple(parameter.requires_grad for parameter in network.parameters())
-        kind = (names, tuple((tensor.shape, tensor.dtype) for tensor in tensors), trained)
+        kind = (names, given, tuple((tensor.shape, tensor.dtype) for tensor in tensors), trained)
         if kind not in self._recordings:
-            self._record(kind, names, tensors)
+            self._record(kind, _FlatNetwork(network, names, given), tensors)
         return self._recordings[kind](*tensors)
 
-    def _record(self, kind: Any, names: tuple[str, ...], tensors: list[Tensor]) -> None:
+    def _record(self, kind: Any, function: nn.Module, tensors: list[Tensor]) -> None:
         if len(self._recordings) == _RECORDINGS:
             raise ConfigError(
                 "Batches of too many sizes are to be recorded as CUDA graphs",
@@ -123,24 +114,21 @@ class RecordedForward:
             )
         log.info("Recording the network's step as a CUDA graph")
         examples = tuple(tensor.clone() for tensor in tensors)
-        recording: Any = torch.cuda.make_graphed_callables(
-            _FlatNetwork(self.network, names), examples, allow_unused_input=True
-        )
+        recording: Any = torch.cuda.make_graphed_callables(function, examples, allow_unused_input=True)
         self._recordings[kind] = recording
 
 
 class _FlatNetwork(nn.Module):
     """The network as a function of tensors alone, as recording wants it."""
 
-    def __init__(self, network: SpearVLA, names: tuple[str, ...]) -> None:
+    def __init__(self, network: SpearVLA, names: tuple[str, ...], given: tuple[bool, ...]) -> None:
         super().__init__()
-        self.network = network
-        self.names = names
+        self.network, self.names, self.given = network, names, given
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        count = len(self.names)
-        images = dict(zip(self.names, tensors[:count], strict=True))
-        masks = dict(zip(self.names, tensors[count : 2 * count], strict=True))
-        input_ids, text_mask, state, noisy, tau = tensors[2 * count :]
+        left = iter(tensors)
+        images = {name: next(left) for name in self.names}
+        masks = {name: next(left) for name in self.names}
+        others: list[Any] = [next(left) if there else None for there in self.given]
         # Not `self.network(...)`, which leads back to the recording.
-        return type(self.network).forward(self.network, images, masks, input_ids, text_mask, state, noisy, tau)
+        return type(self.network).forward(self.network, images, masks, *others)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ from spear_lightning.vqa.back_projection import BackProjection
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer
 from spear_lightning.vqa.location_tokens import location_text, locations
 from spear_lightning.vqa.mixture import TaskMixture, load_task, read_answers
-from spear_lightning.vqa.naming import ObjectOrder
+from spear_lightning.vqa.naming import ObjectAtPoint, ObjectOrder
 from spear_lightning.vqa.object_tasks import BoxVertices, Closer, Distance, KeyPoints, RandomPixels, Relation
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task, clean_name
 
@@ -341,6 +342,29 @@ def test_names_come_in_the_order_in_which_objects_are_seen() -> None:
         assert found is not None
         assert task.errors(found, pair.truth) == {"naming_accuracy": 1.0}
     assert asked == set(task.templates)
+
+
+def test_the_name_asked_for_at_a_point_is_that_of_the_object_there() -> None:
+    task, rng = ObjectAtPoint(), np.random.default_rng(0)
+    (label,) = random_labels(1, 3)
+    scene = Scene(label, TOKENS)
+    assert len({item.name for item in label.objects}) > 1
+    for item in label.objects:
+        pair = task.ask(scene, [item], rng)
+        (point,) = (TOKENS.values(found) for found in re.findall(r"(?:<3d_\d{4}>)+", pair.question))
+        away = [np.linalg.norm(other.centre / scene.unit - point) for other in label.objects]
+        there = label.objects[int(np.argmin(away))]
+        found = task.parse(pair.answer, TOKENS, HEIGHT, WIDTH)
+        assert found is not None
+        assert found.choice == pair.truth.choice == f"the {clean_name(there.name)}"
+        assert task.errors(found, pair.truth) == {"naming_accuracy": 1.0}
+    for text, right in (("the spoon", 0.0), ("spoon", None), ("the mug, the cup", None), ("", None)):
+        found = task.parse(text, TOKENS, HEIGHT, WIDTH)
+        assert (
+            right is None
+            if found is None
+            else task.errors(found, Answer(np.zeros(0), "the mug")) == {"naming_accuracy": right}
+        )
 
 
 def test_lists_that_are_wrong_or_too_long_or_unclear_score_less_or_are_not_asked() -> None:

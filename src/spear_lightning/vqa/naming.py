@@ -1,8 +1,8 @@
-"""The question for the names of all objects, in the order in which they are seen.
+"""Questions for names: of all objects in the order in which they are seen, and of the one at a place.
 
-It is not among the paper's tasks, whose VLM knows from its pretraining what things are called. A model that starts
-from random weights has to learn names, and every word of this answer teaches one, while a coordinate teaches none
-until the object that it belongs to is found.
+They are not among the paper's tasks, whose VLM knows from its pretraining what things are called. A model that
+starts from random weights has to learn names, and every word of these answers teaches one, while a coordinate
+teaches none until the object that it belongs to is found.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from spear_lightning.labeling.records import ObjectLabel
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
+from spear_lightning.vqa.object_tasks import AnyObject
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task, clean_name
 
 MOST = 8
@@ -66,3 +67,27 @@ class ObjectOrder(Task):
         said, true = found.choice.split(", "), truth.choice.split(", ")
         right = sum(one == other for one, other in zip(said, true, strict=False))
         return {"naming_accuracy": right / max(len(said), len(true))}
+
+
+class ObjectAtPoint(AnyObject):
+    """The name of the object whose centre is at a point, which is given as 3D tokens."""
+
+    objects = 1
+    templates = ("What is at the point {point}?", "Name the object at {point}.")
+    _pattern = re.compile(r"the [^.,<>]+")
+
+    def ask(self, scene: Scene, items: Sequence[ObjectLabel], rng: np.random.Generator) -> QuestionAnswer:
+        """Ask about one object (see `Task`)."""
+        (item,) = items
+        name = f"the {clean_name(item.name)}"
+        point = scene.tokens.text(item.centre.astype(np.float64) / scene.unit)
+        return QuestionAnswer(self, self._template(rng).format(point=point), name, Answer(np.zeros(0), name))
+
+    def parse(self, text: str, tokens: CoordinateTokens, height: int, width: int) -> Answer | None:
+        """Read the name, as the answer's `choice` (see `Task`)."""
+        name = text.strip()
+        return Answer(np.zeros(0), name) if self._pattern.fullmatch(name) else None
+
+    def errors(self, found: Answer, truth: Answer) -> dict[str, float]:
+        """Return whether it is the right name (see `Task`)."""
+        return {"naming_accuracy": float(found.choice == truth.choice)}

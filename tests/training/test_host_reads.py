@@ -18,7 +18,9 @@ from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.worlds.tabletop.depth_pictures import write_depth_pictures
 
 CONFIGURATIONS = Path(__file__).resolve().parents[1] / "conf"
-AUGMENTATION = '{"class_path": "spear_lightning.training.ImageAugmentation"}'
+AUGMENTATION = """{"class_path": "spear_lightning.training.Augmentations", "init_args": {"parts": [
+    {"class_path": "spear_lightning.training.MirrorAugmentation"},
+    {"class_path": "spear_lightning.training.ImageAugmentation"}]}}"""
 
 
 def write_episodes(root: Path) -> list[str]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spear_lightning.training.activation_checkpointing import ActivationCheckpointing
+    from spear_lightning.training.augmentation import Augmentations
     from spear_lightning.training.box_pictures import BoxPictures
     from spear_lightning.training.checkpoint_files import RunCheckpoint
     from spear_lightning.training.closed_loop import ClosedLoopEvaluation
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.graphed_network import GraphedNetwork
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
+    from spear_lightning.training.mirror_augmentation import MirrorAugmentation
     from spear_lightning.training.optimizer import OptimizerRecipe
     from spear_lightning.training.preemption import StopOnSignal
     from spear_lightning.training.regional_compile import RegionalCompile
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ActivationCheckpointing": "activation_checkpointing",
+    "Augmentations": "augmentation",
     "BoxPictures": "box_pictures",
     "ClosedLoopEvaluation": "closed_loop",
     "ConstantMeanBaseline": "constant_mean_baseline",
@@ -49,6 +52,7 @@ _HOMES = {
     "ImageAugmentation": "image_augmentation",
     "LabelledImageDataModule": "labelled_image_data_module",
     "MLflowRunLogger": "tracking",
+    "MirrorAugmentation": "mirror_augmentation",
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
     "RegionalCompile": "regional_compile",
@@ -64,6 +68,7 @@ _HOMES = {
 
 __all__ = [
     "ActivationCheckpointing",
+    "Augmentations",
     "BoxPictures",
     "ClosedLoopEvaluation",
     "ConstantMeanBaseline",
@@ -77,6 +82,7 @@ __all__ = [
     "ImageAugmentation",
     "LabelledImageDataModule",
     "MLflowRunLogger",
+    "MirrorAugmentation",
     "OptimizerRecipe",
     "Phase",
     "RegionalCompile",

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import ConfigError
+from spear_lightning.training.augmentation import Augmentation
 
 _LUMA = (0.299, 0.587, 0.114)
 
 
-class ImageAugmentation:
+class ImageAugmentation(Augmentation):
     """Random crop, brightness, contrast and saturation, drawn for each sample and camera.
 
     A crop keeps the aspect ratio and is resized back, so images are never stretched; it changes the apparent focal
@@ -41,12 +42,7 @@ class ImageAugmentation:
         self.crop, self.brightness, self.contrast, self.saturation = crop, brightness, contrast, saturation
 
     def __call__(self, batch: RobotBatch, generator: torch.Generator) -> RobotBatch:
-        """Return the batch with its images changed.
-
-        Args:
-            batch: On the generator's device.
-            generator: Source of what is drawn.
-        """
+        """Change the images (see `Augmentation`)."""
         return batch.with_images({name: self.images(pixels, generator) for name, pixels in batch.images.items()})
 
     def images(self, pixels_B3HW: Tensor, generator: torch.Generator) -> Tensor:

@@ -27,6 +27,8 @@ EXPLAINED = {
     "--model...vlm...fusion.init_args": "spear_lightning.models.MeanFusion",
     "--model...vla...expert.init_args": "spear_lightning.models.ActionExpert",
     "--model.init_args.augmentation.init_args": "spear_lightning.training.ImageAugmentation",
+    "--model.init_args.augmentation.init_args (mirrored)": "spear_lightning.training.MirrorAugmentation",
+    "--model.init_args.augmentation.init_args (several)": "spear_lightning.training.Augmentations",
     "--model.init_args (SPEAR-VLM)": "spear_lightning.training.VLMModule",
     "--model.init_args.answerer.init_args (SPEAR-VLM)": "spear_lightning.policy.Answerer",
     "--model.init_args (MoGe)": "spear_lightning.training.GeometryModule",

@@ -19,9 +19,9 @@ from spear_lightning.policy.checkpoint import (
     policy_weights,
     read_checkpoint,
 )
+from spear_lightning.training.augmentation import Augmentation
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.chunk_errors import chunk_errors
-from spear_lightning.training.image_augmentation import ImageAugmentation
 from spear_lightning.training.optimizer import OptimizerRecipe
 from spear_lightning.training.random_streams import AUGMENT, PREDICT, TRAIN, VALIDATE, generator_at
 
@@ -55,7 +55,7 @@ class VLAModule(SpearModule):
             start of a new run.
         validation_steps: Euler steps when sampling on validation; `null` takes the flow's own number.
         flow_samples: Draws of noise and flow time for every sample of a training batch (see `Policy.losses`).
-        augmentation: Changes camera images in training; `null` leaves them as they are.
+        augmentation: Changes samples in training; `null` leaves them as they are.
         vlm: SPEAR-VLM whose network the policy starts from: checkpoint (averaged weights where it has them),
             exported folder or hub id. It replaces the encoders' and PaliGemma's own weights; only at the start of
             a new run.
@@ -69,7 +69,7 @@ class VLAModule(SpearModule):
         init_from: str | None = None,
         validation_steps: int | None = None,
         flow_samples: int = 1,
-        augmentation: ImageAugmentation | None = None,
+        augmentation: Augmentation | None = None,
         vlm: str | None = None,
     ) -> None:
         super().__init__(recipe, seed, init_from)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from spear_lightning.labeling.records import ObjectLabel
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
-from spear_lightning.vqa.object_tasks import AnyObject
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task, clean_name
 
 MOST = 8
@@ -28,7 +28,7 @@ class ObjectOrder(Task):
     """The names of all objects, from the closest to the furthest or from left to right."""
 
     objects = 0
-    templates = (
+    templates: ClassVar[tuple[str, ...]] = (
         "What are the objects, from the closest to the furthest?",
         "Name all objects from the closest to the furthest.",
         "What are the objects, from left to right?",
@@ -69,25 +69,20 @@ class ObjectOrder(Task):
         return {"naming_accuracy": right / max(len(said), len(true))}
 
 
-class ObjectAtPoint(AnyObject):
-    """The name of the object whose centre is at a point, which is given as 3D tokens."""
+class ObjectAtPoint(ObjectOrder):
+    """The name of the object whose centre is at a point, which is given as 3D tokens: a list of one."""
 
     objects = 1
-    templates = ("What is at the point {point}?", "Name the object at {point}.")
+    templates = ("What is at the point {point}?", "Name the object at {point}.", "Which object is at {point}?")
     _pattern = re.compile(r"the [^.,<>]+")
 
-    def ask(self, scene: Scene, items: Sequence[ObjectLabel], rng: np.random.Generator) -> QuestionAnswer:
+    def suits(self, scene: Scene, item: ObjectLabel) -> bool:
+        """Return True."""
+        return True
+
+    def ask(self, scene: Scene, items: Sequence[ObjectLabel], rng: np.random.Generator) -> QuestionAnswer | None:
         """Ask about one object (see `Task`)."""
         (item,) = items
         name = f"the {clean_name(item.name)}"
         point = scene.tokens.text(item.centre.astype(np.float64) / scene.unit)
         return QuestionAnswer(self, self._template(rng).format(point=point), name, Answer(np.zeros(0), name))
-
-    def parse(self, text: str, tokens: CoordinateTokens, height: int, width: int) -> Answer | None:
-        """Read the name, as the answer's `choice` (see `Task`)."""
-        name = text.strip()
-        return Answer(np.zeros(0), name) if self._pattern.fullmatch(name) else None
-
-    def errors(self, found: Answer, truth: Answer) -> dict[str, float]:
-        """Return whether it is the right name (see `Task`)."""
-        return {"naming_accuracy": float(found.choice == truth.choice)}

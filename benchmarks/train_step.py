@@ -4,7 +4,7 @@ Weights and images are random: speed does not depend on them. A step is the whol
 clipping, AdamW on float32 weights. Every contender runs in a process of its own on the same GPU, one after
 another, the products of 8192 x 8192 matrices first: their FLOP/s are "the peak".
 
-    python benchmarks/train_step.py --stage vla --batch 64
+    python benchmarks/train_step.py --stage vla --batch 64 --contenders pi0@32 spear padded float8
     python benchmarks/train_step.py --stage vlm --batch 32
     python benchmarks/train_step.py --stage vla --batch 2 --small --device cpu     # does it work at all?
 """
@@ -120,7 +120,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, float]:
     wait(device)
     seconds = (time.perf_counter() - start) / options.steps
     if options.profile and cuda:
-        profile(step, options.profile)
+        profile(step, f"{options.profile}/{options.stage}_{name}.txt")
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     return {"rate": options.batch / seconds, "first": first, "memory": memory}
 
@@ -163,17 +163,24 @@ def main() -> None:
     parser.add_argument("--stage", choices=["vla", "vlm"], default="vla")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--contenders", nargs="+", help=f"pi0 and any of {', '.join(CONTENDERS)}")
+    parser.add_argument(
+        "--contenders", nargs="+", help=f"pi0 and any of {', '.join(CONTENDERS)}; NAME@B for another batch"
+    )
     parser.add_argument("--small", action="store_true", help="small networks")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--profile", help="file for the kernels of one step")
+    parser.add_argument("--profile", help="folder for the kernels of one step of each")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(peak(options.device) if options.one == "peak" else run(options.one, options)))
+        if options.one == "peak":
+            print(json.dumps(peak(options.device)))
+            return
+        name, _, batch = options.one.partition("@")
+        options.batch = int(batch or options.batch)
+        print(json.dumps(run(name, options)))
         return
     default = (
-        ["pi0", "spear-as-pi0", "spear", "padded", "float8"] if options.stage == "vla" else ["spear", "float8"]
+        ["pi0@32", "spear-as-pi0@32", "spear", "padded", "float8"] if options.stage == "vla" else ["spear", "float8"]
     )
     console = Console(width=120)
     best = measured("peak", console)
@@ -181,18 +188,19 @@ def main() -> None:
     for column in ("", "samples/s", "TFLOP/sample", "of the peak", "over pi0", "GiB", "first two steps"):
         table.add_column(column, justify="right")
     pi0 = None
-    for name in options.contenders or default:
-        found = measured(name, console)
+    for asked in options.contenders or default:
+        found = measured(asked, console)
         if found is None:
-            table.add_row(name, "failed")
+            table.add_row(asked, "failed")
             continue
+        name = asked.partition("@")[0]
         flops = flops_of_a_sample(name, options.stage, options.small)
         pi0 = found["rate"] if name == "pi0" else pi0
         ratio = f"{found['rate'] / pi0:.2f}" if pi0 else "-"
         share, memory = found["rate"] * flops / best, found["memory"]
         row = [f"{found['rate']:.1f}", f"{flops / 1e12:.2f}", f"{share:.1%}", ratio, f"{memory:.0f}"]
-        table.add_row(name, *row, f"{found['first']:.0f} s")
-        console.print(f"{name}: {row}")
+        table.add_row(asked, *row, f"{found['first']:.0f} s")
+        console.print(f"{asked}: {row} first two steps {found['first']:.0f} s")
     console.print(table)
 
 

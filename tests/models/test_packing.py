@@ -148,18 +148,21 @@ def test_absent_images_are_not_encoded(
     vla: SpearVLA, images: dict[str, Tensor], image_mask: dict[str, Tensor], text: tuple[Tensor, Tensor]
 ) -> None:
     encoded = []
-    vla.vlm.encoders["moge"].register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
+    block = vla.vlm.encoders["moge"].model.encoder.layer[0]
+    block.register_forward_pre_hook(lambda _, arguments: encoded.append(arguments[1]))
     vla.encode_prefix(images, image_mask, *text, RealTokens({"front": 2, "wrist": 1}, 10))
-    assert encoded == [2, 1]
+    # Both sizes in one pass: how many images, and their tokens with the class token.
+    assert encoded == [((2, 13), (1, 5))]
 
 
 @torch.no_grad()
 def test_cameras_of_one_size_are_encoded_together(vla: SpearVLA, images: dict[str, Tensor]) -> None:
     encoded = []
-    vla.vlm.encoders["siglip"].register_forward_pre_hook(lambda _, arguments: encoded.append(len(arguments[0])))
+    block = vla.vlm.encoders["siglip"].model.encoder.layers[0]
+    block.register_forward_pre_hook(lambda _, arguments: encoded.append(arguments[1]))
     cameras = {"front": images["front"], "wrist": images["wrist"], "back": images["front"].flip(0)}
     together = vla.vlm.encode_images(cameras)
-    assert encoded == [4, 2]
+    assert encoded == [((4, 12), (2, 4))]
     assert list(together) == list(cameras)
     for name, pixels in cameras.items():
         torch.testing.assert_close(

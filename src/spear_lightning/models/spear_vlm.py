@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.models.encoders.base import VisionEncoder
 from spear_lightning.models.encoders.fusion import Fusion, MeanFusion
+from spear_lightning.models.encoders.image_row import by_size, in_one_row
 from spear_lightning.models.gemma import GemmaLanguageModel
 from spear_lightning.models.gemma_shape import GemmaShape
 from spear_lightning.models.packing import RealTokens, pack_answers
@@ -93,7 +94,7 @@ class SpearVLM(nn.Module):
         image_mask: Mapping[str, Tensor] | None = None,
         present: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        """Turn pixels into visual tokens; cameras of one size pass the encoders together.
+        """Turn pixels into visual tokens; all cameras pass the encoders together.
 
         Args:
             images: Camera name -> uint8 RGB (B, 3, H, W); cameras may differ in size.
@@ -118,20 +119,29 @@ class SpearVLM(nn.Module):
         sizes: dict[torch.Size, list[str]] = {}
         for camera, pixels in shown.items():
             sizes.setdefault(pixels.shape[1:], []).append(camera)
+        batches = [[shown[camera] for camera in cameras] for cameras in sizes.values()]
         fused: dict[str, Tensor] = {}
-        for cameras in sizes.values():
+        for cameras, tokens_XND in zip(sizes.values(), self._encode(batches), strict=True):
             counts = [len(shown[camera]) for camera in cameras]
-            tokens_XND = self._encode(torch.cat([shown[camera] for camera in cameras]))
             fused.update(zip(cameras, tokens_XND.split(counts), strict=True))
         for camera, rows_X in rows.items():
             size = (len(images[camera]), *fused[camera].shape[1:])
             fused[camera] = fused[camera].new_zeros(size).index_copy(0, rows_X, fused[camera])
         return {camera: fused[camera] for camera in images}
 
-    def _encode(self, pixels_X3HW: Tensor) -> Tensor:
-        return self.fusion(
-            {name: self.projections[name](encoder(pixels_X3HW)) for name, encoder in self.encoders.items()}
-        )
+    def _encode(self, batches: list[list[Tensor]]) -> list[Tensor]:
+        """Return the fused tokens (X, N, D) of the images of each size."""
+        if not batches:
+            return []
+        images = [batch[0] if len(batch) == 1 else torch.cat(batch) for batch in batches]
+        projected: list[dict[str, Tensor]] = [{} for _ in images]
+        for name, encoder in self.vision_encoders().items():
+            row_1TD, groups = in_one_row(encoder.encode_images(images))
+            for tokens, tokens_XND in zip(
+                projected, by_size(self.projections[name](row_1TD), groups), strict=True
+            ):
+                tokens[name] = tokens_XND
+        return [self.fusion(tokens) for tokens in projected]
 
     def embed_prefix(
         self,

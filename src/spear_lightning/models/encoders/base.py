@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class VisionEncoder(nn.Module, ABC):
         return height // patch, width // patch
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        """Encode images.
+        """Encode images of one size.
 
         Args:
             images_B3HW: uint8 RGB (B, 3, H, W); H and W multiples of the patch size.
@@ -92,6 +93,21 @@ class VisionEncoder(nn.Module, ABC):
             ShapeError: If the images are not uint8 (B, 3, H, W).
             ConfigError: If H or W is not a multiple of the patch size.
         """
+        return self.encode(self.normalized(images_B3HW))
+
+    def encode_images(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Encode images of several sizes.
+
+        Args:
+            images: For each size a batch as `forward` takes it; at least one.
+
+        Returns:
+            What `forward` returns for each of them. Encoders for which it is less work do all of it in one pass.
+        """
+        return [self(part) for part in images]
+
+    def normalized(self, images_B3HW: Tensor) -> Tensor:
+        """Return the pixels of images (see `forward`) with mean 0 and deviation 1, in the parameters' type."""
         if images_B3HW.dtype != torch.uint8 or images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
             raise ShapeError(
                 "An encoder reads uint8 RGB images",
@@ -105,4 +121,4 @@ class VisionEncoder(nn.Module, ABC):
             for index, (mean, std) in enumerate(zip(self.mean, self.std, strict=True))
         ]
         dtype = next(self.parameters()).dtype
-        return self.encode(torch.stack(channels, dim=1).to(dtype))
+        return torch.stack(channels, dim=1).to(dtype)

@@ -9,16 +9,17 @@ from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
 from spear_lightning.errors import ConfigError
-from spear_lightning.models.encoders.base import VisionEncoder
 from spear_lightning.models.encoders.dinov2_weights import transformers_names
+from spear_lightning.models.encoders.image_row import ATTENTION, by_size, embed_patches, in_one_row
 from spear_lightning.models.encoders.positions import interpolate_positions
+from spear_lightning.models.encoders.vision_transformer import VisionTransformer
 from spear_lightning.models.encoders.weight_files import TRANSFORMERS_FILES, load_exactly, read_state_dict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Dinov2Encoder(VisionEncoder):
+class Dinov2Encoder(VisionTransformer):
     """DINOv2 without registers; tokens are the outputs of chosen blocks, concatenated along channels.
 
     The class token is dropped. The defaults are ViT-L/14.
@@ -61,6 +62,7 @@ class Dinov2Encoder(VisionEncoder):
             use_mask_token=False,
         )
         self.model = Dinov2Model(config)
+        self.model.set_attn_implementation(ATTENTION)
 
     @property
     def width(self) -> int:
@@ -83,9 +85,9 @@ class Dinov2Encoder(VisionEncoder):
             )
         return chosen
 
-    def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return tokens (B, N, hidden_width * len(layers))."""
-        return torch.cat(self.layer_outputs(pixels_B3HW), dim=-1)[:, 1:]
+    def encode_pixels(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Return tokens (X, N, hidden_width * len(layers)) of each size."""
+        return [torch.cat([layer[:, 1:] for layer in layers], dim=-1) for layers in self._layer_outputs(pixels)]
 
     def layer_outputs(self, pixels_B3HW: Tensor) -> list[Tensor]:
         """Return the outputs (B, 1 + N, hidden_width) of each chosen block, shallow to deep; class token first.
@@ -93,22 +95,32 @@ class Dinov2Encoder(VisionEncoder):
         Args:
             pixels_B3HW: Normalised float pixels; H and W multiples of the patch size.
         """
+        return self._layer_outputs([pixels_B3HW])[0]
+
+    def _layer_outputs(self, pixels: Sequence[Tensor]) -> list[list[Tensor]]:
+        row_1TD, groups = in_one_row(self._embedded(pixels))
+        chosen = []
+        for index, block in enumerate(self.model.encoder.layer[: self.layers[-1] + 1]):
+            row_1TD = block(row_1TD, groups)
+            if index in self.layers:
+                chosen.append(by_size(self.model.layernorm(row_1TD) if self.apply_norm else row_1TD, groups))
+        return [list(layers) for layers in zip(*chosen, strict=True)]
+
+    def _embedded(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Return embedded tokens (X, 1 + N, hidden_width) of each size, class token first."""
         embeddings = self.model.embeddings
-        rows, columns = self.grid(pixels_B3HW.shape[2], pixels_B3HW.shape[3])
-        patches_BND = embeddings.patch_embeddings(pixels_B3HW)
         class_position_1D, table_ND = embeddings.position_embeddings[0].split(
             [1, embeddings.position_embeddings.shape[1] - 1]
         )
-        positions_ND = interpolate_positions(table_ND, rows, columns, self.interpolate_offset)
-        patches_BND = patches_BND + positions_ND.to(patches_BND.dtype)
-        class_11D = (embeddings.cls_token + class_position_1D).to(patches_BND.dtype)
-        hidden_BND = torch.cat([class_11D.expand(len(patches_BND), -1, -1), patches_BND], dim=1)
-        chosen = []
-        for index, block in enumerate(self.model.encoder.layer[: self.layers[-1] + 1]):
-            hidden_BND = block(hidden_BND)
-            if index in self.layers:
-                chosen.append(self.model.layernorm(hidden_BND) if self.apply_norm else hidden_BND)
-        return chosen
+        embedded = []
+        patches = embed_patches(pixels, embeddings.patch_embeddings.projection)
+        for part, patches_XND in zip(pixels, patches, strict=True):
+            grid = self.grid(*part.shape[2:])
+            positions_ND = interpolate_positions(table_ND, *grid, self.interpolate_offset)
+            patches_XND = patches_XND + positions_ND.to(patches_XND.dtype)
+            class_11D = (embeddings.cls_token + class_position_1D).to(patches_XND.dtype)
+            embedded.append(torch.cat([class_11D.expand(len(patches_XND), -1, -1), patches_XND], dim=1))
+        return embedded
 
     def unused_parameters(self) -> list[str]:
         """Names of parameters of blocks after the last chosen one, and of an unused final LayerNorm."""

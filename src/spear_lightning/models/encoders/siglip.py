@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from spear_lightning.errors import CheckpointError
-from spear_lightning.models.encoders.base import VisionEncoder
+from spear_lightning.models.encoders.image_row import ATTENTION, by_size, embed_patches, in_one_row
 from spear_lightning.models.encoders.positions import interpolate_positions
+from spear_lightning.models.encoders.vision_transformer import VisionTransformer
 from spear_lightning.models.encoders.weight_files import TRANSFORMERS_FILES, load_exactly, read_state_dict
 
 TOWER_PREFIXES = (
@@ -26,7 +27,7 @@ TOWER_PREFIXES = (
 POSITION_TABLE = "embeddings.position_embedding.weight"
 
 
-class SiglipEncoder(VisionEncoder):
+class SiglipEncoder(VisionTransformer):
     """SigLIP's vision tower without its pooling head; tokens pass the final LayerNorm, as PaliGemma wants.
 
     The defaults are So400m/14 at 224 pixels, which PaliGemma 3B uses. Position embeddings are interpolated to
@@ -61,21 +62,25 @@ class SiglipEncoder(VisionEncoder):
             vision_use_head=False,
         )
         self.model = SiglipVisionModel(config)
+        self.model.set_attn_implementation(ATTENTION)
 
     @property
     def width(self) -> int:
         """Channels of an output token."""
         return int(self.model.config.hidden_size)
 
-    def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return tokens (B, N, width) after the final LayerNorm."""
+    def encode_pixels(self, pixels: Sequence[Tensor]) -> list[Tensor]:
+        """Return tokens (X, N, width) of each size after the final LayerNorm."""
         embeddings = self.model.embeddings
-        rows, columns = self.grid(pixels_B3HW.shape[2], pixels_B3HW.shape[3])
-        patches_BND = embeddings.patch_embedding(pixels_B3HW).flatten(2).transpose(1, 2)
-        positions_ND = interpolate_positions(embeddings.position_embedding.weight, rows, columns)
-        hidden_BND = patches_BND + positions_ND.to(patches_BND.dtype)
-        hidden_BND = self.model.encoder(inputs_embeds=hidden_BND).last_hidden_state
-        return self.model.post_layernorm(hidden_BND)
+        table_ND = embeddings.position_embedding.weight
+        embedded = []
+        for part, patches_XND in zip(pixels, embed_patches(pixels, embeddings.patch_embedding), strict=True):
+            positions_ND = interpolate_positions(table_ND, *self.grid(*part.shape[2:]))
+            embedded.append(patches_XND + positions_ND.to(patches_XND.dtype))
+        row_1TD, groups = in_one_row(embedded)
+        for block in self.model.encoder.layers:
+            row_1TD = block(row_1TD, groups)
+        return by_size(self.model.post_layernorm(row_1TD), groups)
 
     def load_pretrained(self) -> None:
         """Load `weights`; see `VisionEncoder.load_pretrained`."""

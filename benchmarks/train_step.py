@@ -180,7 +180,9 @@ def main() -> None:
         print(json.dumps(run(name, options)))
         return
     default = (
-        ["pi0@32", "spear-as-pi0@32", "spear", "padded", "float8"] if options.stage == "vla" else ["spear", "float8"]
+        ["pi0@32", "spear-as-pi0@32", "spear", "padded", "float8"]
+        if options.stage == "vla"
+        else ["spear", "float8"]
     )
     console = Console(width=120)
     best = measured("peak", console)

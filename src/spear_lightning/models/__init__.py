@@ -1,20 +1,48 @@
-"""The networks: vision encoders, SPEAR-VLM, the action expert and SPEAR-1, in plain torch."""
+"""The networks: vision encoders, SPEAR-VLM, the action expert and SPEAR-1, in plain torch.
 
-from spear_lightning.models.action_expert import ActionExpert
-from spear_lightning.models.encoders import (
-    ConvolutionalEncoder,
-    Dinov2Encoder,
-    Fusion,
-    MeanFusion,
-    MogeEncoder,
-    SiglipEncoder,
-    VisionEncoder,
-)
-from spear_lightning.models.gemma_shape import GemmaShape
-from spear_lightning.models.moge import MogeV1, MogeV2
-from spear_lightning.models.prompt import PromptTokenizer
-from spear_lightning.models.spear_vla import Prefix, SpearVLA
-from spear_lightning.models.spear_vlm import SpearVLM
+Classes are imported when they are first asked for: processes that read data need the tokenizer alone, and
+transformers takes seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spear_lightning.models.action_expert import ActionExpert
+    from spear_lightning.models.encoders import (
+        ConvolutionalEncoder,
+        Dinov2Encoder,
+        Fusion,
+        MeanFusion,
+        MogeEncoder,
+        SiglipEncoder,
+        VisionEncoder,
+    )
+    from spear_lightning.models.gemma_shape import GemmaShape
+    from spear_lightning.models.moge import MogeV1, MogeV2
+    from spear_lightning.models.prompt import PromptTokenizer
+    from spear_lightning.models.spear_vla import Prefix, SpearVLA
+    from spear_lightning.models.spear_vlm import SpearVLM
+
+_HOMES = {
+    "ActionExpert": "action_expert",
+    "ConvolutionalEncoder": "encoders",
+    "Dinov2Encoder": "encoders",
+    "Fusion": "encoders",
+    "GemmaShape": "gemma_shape",
+    "MeanFusion": "encoders",
+    "MogeEncoder": "encoders",
+    "MogeV1": "moge",
+    "MogeV2": "moge",
+    "Prefix": "spear_vla",
+    "PromptTokenizer": "prompt",
+    "SiglipEncoder": "encoders",
+    "SpearVLA": "spear_vla",
+    "SpearVLM": "spear_vlm",
+    "VisionEncoder": "encoders",
+}
 
 __all__ = [
     "ActionExpert",
@@ -33,3 +61,13 @@ __all__ = [
     "SpearVLM",
     "VisionEncoder",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.models import SpearVLA
-from spear_lightning.policy import build_policy
-from spear_lightning.training import GraphedNetwork, OptimizerRecipe, VLAModule
+from spear_lightning.policy import Answerer, build_policy
+from spear_lightning.policy.checkpoint import build
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.training import (
+    GraphedNetwork,
+    LabelledImageDataModule,
+    OptimizerRecipe,
+    VLAModule,
+    VLMModule,
+)
 from spear_lightning.training.graphed_network import RecordedForward
 
+KEY_POINTS = "spear_lightning.vqa.object_tasks.KeyPoints"
 TWIN = Path(__file__).resolve().parents[1] / "conf" / "vla.yaml"
 
 
@@ -60,6 +69,12 @@ def inputs(samples: int = 2, draws: int = 2) -> dict[str, Any]:
         "noisy": torch.randn(points, 5, 8, generator=generator),
         "tau": torch.rand(points, generator=generator),
     }
+
+
+def spear_vlm() -> VLMModule:
+    torch.manual_seed(0)
+    config = yaml.safe_load((TWIN.parent / "vlm.yaml").read_text())["model"]["init_args"]["answerer"]
+    return VLMModule(build(Answerer, config, "answerer"), OptimizerRecipe(lr=1e-3))
 
 
 def step(vla: SpearVLA, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -122,6 +137,34 @@ def test_what_cannot_be_recorded_is_refused(
     GraphedNetwork().setup(given, module, "validate")
     with pytest.raises(ConfigError, match=message):
         GraphedNetwork().setup(given, module, "fit")
+
+
+def test_spear_vlm_is_recorded_with_its_answers(recordings: list[nn.Module]) -> None:
+    module = spear_vlm().train()
+    vlm, given = module.answerer.vlm, inputs()
+    length = given["input_ids"].shape[1]
+    arguments = [given[key] for key in ("images", "image_mask", "input_ids", "text_mask")]
+    arguments += [torch.arange(length).expand(2, length) >= 4, None]
+    expected = vlm(*arguments)
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    callback = GraphedNetwork()
+    callback.on_fit_start(trainer, module)
+    assert torch.equal(vlm(*arguments), expected)
+    assert len(recordings) == 1
+    callback.teardown(trainer, module, "fit")
+    vlm(*arguments)
+    assert len(recordings) == 1
+
+
+def test_spear_vlm_needs_batches_of_one_length() -> None:
+    module = spear_vlm()
+    cameras = {"primary": CameraSpec(width=42, height=28)}
+    data = LabelledImageDataModule("nowhere", {"labels": 1.0}, cameras, {KEY_POINTS: 1.0})
+    trainer: Any = SimpleNamespace(datamodule=data, world_size=1, accumulate_grad_batches=1)
+    with pytest.raises(ConfigError, match="one_length"):
+        GraphedNetwork().setup(trainer, module, "fit")
+    data.one_length = True
+    GraphedNetwork().setup(trainer, module, "fit")
 
 
 def test_the_network_gets_its_own_forward_back(module: VLAModule, recordings: list[nn.Module]) -> None:

@@ -333,6 +333,24 @@ def test_questions_that_do_not_fit_are_left_out_whole(
             assert None not in read_answers(batch.answers[row], tasks, tokens, 98, 140)
 
 
+def test_batches_can_all_have_one_length(demo_store: LabelStore, tokens: CoordinateTokens) -> None:
+    prompt = PromptTokenizer()
+    prompt.add_tokens([f"<3d_{index:04d}>" for index in range(1024)])
+    tasks = {"spear_lightning.vqa.object_tasks.Distance": 1.0}
+    vocabulary = prompt.vocabulary
+    layout = TextLayout(vocabulary, 1024, max_length=501, one_length=True)
+    batch = make_dataset(demo_store, tokens, tasks, layout=layout).__getitems__(list(range(4)))
+    plain = make_dataset(demo_store, tokens, tasks, layout=TextLayout(vocabulary, 1024, 501)).__getitems__(
+        list(range(4))
+    )
+    shorter = plain.input_ids.shape[1]
+    assert shorter < 501
+    assert batch.input_ids.shape == (4, 501)
+    assert torch.equal(batch.input_ids[:, :shorter], plain.input_ids)
+    assert not batch.token_mask[:, shorter:].any()
+    assert batch.answers == plain.answers
+
+
 def test_training_and_validation_data_of_a_mixture(
     demo_folder: Path, tmp_path: Path, all_tasks: dict[str, float]
 ) -> None:

@@ -16,8 +16,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError
-from spear_lightning.models import SpearVLA
+from spear_lightning.models import SpearVLA, SpearVLM
+from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
 from spear_lightning.training.vla_module import VLAModule
+from spear_lightning.training.vlm_module import VLMModule
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +28,11 @@ _RECORDINGS = 4
 
 
 class GraphedNetwork(Callback):
-    """Records the policy's network as CUDA graphs in the first step, and replays them in all others.
+    """Records the network (SPEAR-1 or SPEAR-VLM) as CUDA graphs in the first step, and replays them in all others.
 
-    For training on one GPU with batches of one size; validation runs as it is. Parameters must stay where they are
-    in memory. Without a GPU it does nothing. After `RegionalCompile` it replays the compiled kernels.
+    For training on one GPU with batches of one size (SPEAR-VLM's: `data.one_length: true`); validation runs as it
+    is. Parameters must stay where they are in memory. Without a GPU it does nothing. After `RegionalCompile` it
+    replays the compiled kernels.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -40,11 +43,14 @@ class GraphedNetwork(Callback):
         """
         if stage != "fit":
             return
+        data = getattr(trainer, "datamodule", None)
         wrong = None
-        if not isinstance(pl_module, VLAModule):
-            wrong = f"{type(pl_module).__name__}, whose steps differ in size"
-        elif pl_module.policy.vla.vlm.packed:
-            wrong = "model.policy.vla.vlm.packed: true, so that steps differ in size"
+        if not isinstance(pl_module, VLAModule | VLMModule):
+            wrong = type(pl_module).__name__
+        elif _vlm_of(pl_module).packed:
+            wrong = "vlm.packed: true, so that steps differ in size"
+        elif isinstance(data, LabelledImageDataModule) and not data.one_length:
+            wrong = "data.one_length: false, so that steps differ in size"
         elif trainer.world_size > 1:
             wrong = f"{trainer.world_size} processes"
         elif trainer.accumulate_grad_batches > 1:
@@ -55,44 +61,61 @@ class GraphedNetwork(Callback):
                 "The steps of this run cannot be recorded as a CUDA graph",
                 where="GraphedNetwork",
                 found=wrong,
-                expected="a VLAModule that is not packed, on one GPU, without accumulated gradients",
+                expected="a VLAModule or VLMModule that is not packed, batches of one size, one GPU, and no "
+                "accumulated gradients",
                 remedy="leave the callback out",
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the recorder in the place of the network's forward pass."""
-        assert isinstance(pl_module, VLAModule)
         if trainer.strategy.root_device.type != "cuda":
             log.warning("There is no GPU: the network runs as it is")
             return
-        network = pl_module.policy.vla
+        network = _network_of(pl_module)
         network.forward = RecordedForward(network)  # type: ignore[method-assign, assignment]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the network its own forward pass back, and the recordings' memory."""
-        if isinstance(pl_module, VLAModule):
-            pl_module.policy.vla.__dict__.pop("forward", None)
+        if isinstance(pl_module, VLAModule | VLMModule):
+            _network_of(pl_module).__dict__.pop("forward", None)
+
+
+def _network_of(module: L.LightningModule) -> SpearVLA | SpearVLM:
+    if isinstance(module, VLAModule):
+        return module.policy.vla
+    assert isinstance(module, VLMModule)
+    return module.answerer.vlm
+
+
+def _vlm_of(module: VLAModule | VLMModule) -> SpearVLM:
+    return module.policy.vla.vlm if isinstance(module, VLAModule) else module.answerer.vlm
+
+
+def _own_forward(network: nn.Module) -> Callable[..., Tensor]:
+    """Return the forward pass of the network's class, whatever stands in its place in the object."""
+    forward: Callable[..., Tensor] = type(network).forward.__get__(network)
+    return forward
 
 
 class RecordedForward:
-    """`SpearVLA.forward` in training from a recording, made where there is none for such a batch.
+    """A network's forward pass in training from a recording, made where there is none for such a batch.
 
     Args:
         network: The network.
     """
 
-    def __init__(self, network: SpearVLA) -> None:
+    def __init__(self, network: SpearVLA | SpearVLM) -> None:
         self.network = network
         self._recordings: dict[Any, Callable[..., Tensor]] = {}
 
     def __call__(
         self, images: Mapping[str, Tensor], image_mask: Mapping[str, Tensor] | None, *others: Any
     ) -> Tensor:
-        """Return what `SpearVLA.forward` does with these arguments."""
+        """Return what the network's own `forward` does with these arguments."""
         network, names = self.network, tuple(images)
         plain = all(part is None or isinstance(part, Tensor) for part in others)
         if image_mask is None or not (plain and network.training and torch.is_grad_enabled()):
-            return type(network).forward(network, images, image_mask, *others)
+            return _own_forward(network)(images, image_mask, *others)
         given = tuple(part is not None for part in others)
         masks = [image_mask[name] for name in names]
         tensors = [*images.values(), *masks, *(part for part in others if part is not None)]
@@ -121,7 +144,7 @@ class RecordedForward:
 class _FlatNetwork(nn.Module):
     """The network as a function of tensors alone, as recording wants it."""
 
-    def __init__(self, network: SpearVLA, names: tuple[str, ...], given: tuple[bool, ...]) -> None:
+    def __init__(self, network: SpearVLA | SpearVLM, names: tuple[str, ...], given: tuple[bool, ...]) -> None:
         super().__init__()
         self.network, self.names, self.given = network, names, given
 
@@ -131,4 +154,4 @@ class _FlatNetwork(nn.Module):
         masks = {name: next(left) for name in self.names}
         others: list[Any] = [next(left) if there else None for there in self.given]
         # Not `self.network(...)`, which leads back to the recording.
-        return type(self.network).forward(self.network, images, masks, *others)
+        return _own_forward(self.network)(images, masks, *others)

@@ -40,6 +40,8 @@ class LabelledImageDataModule(L.LightningDataModule):
         views: How training images are varied.
         max_pairs: Questions of a sample at most.
         max_length: Tokens of a sample at most; questions that do not fit are left out.
+        one_length: Whether every batch is padded to `max_length`: more work, but steps of one shape, which
+            `GraphedNetwork` needs.
         batch_size: Samples per step of all processes together.
         weighting: `per_frame`: a store's share is its weight times its images; `share`: its weight alone.
         holdout: Share of each store's images kept out of training for validation.
@@ -62,6 +64,7 @@ class LabelledImageDataModule(L.LightningDataModule):
         views: ViewRecipe = ViewRecipe(),  # noqa: B008 - frozen
         max_pairs: int = 4,
         max_length: int = 384,
+        one_length: bool = False,
         batch_size: int = 32,
         weighting: Weighting = "per_frame",
         holdout: float = 0.02,
@@ -86,6 +89,7 @@ class LabelledImageDataModule(L.LightningDataModule):
         self.value_range = value_range
         self.views = views
         self.max_length = max_length
+        self.one_length = one_length
         self.batch_size = batch_size
         self.weighting: Weighting = weighting
         self.holdout = holdout
@@ -199,7 +203,9 @@ class LabelledImageDataModule(L.LightningDataModule):
 
     def _layout(self) -> TextLayout:
         answerer = self._require_answerer()
-        return TextLayout(answerer.prompt.vocabulary, answerer.vlm.language.new_tokens, self.max_length)
+        return TextLayout(
+            answerer.prompt.vocabulary, answerer.vlm.language.new_tokens, self.max_length, self.one_length
+        )
 
     def _require_answerer(self) -> Answerer:
         """Return the model whose tokens the questions are written in; `VLMModule` sets it.

@@ -79,6 +79,7 @@ class TextLayout:
         vocabulary: The tokenizer, to which the 3D tokens have been added.
         bins: How many 3D tokens there are.
         max_length: Tokens of a sample at most.
+        one_length: Whether every batch is padded to `max_length`, so that all have one shape.
 
     Attributes:
         dropped: Questions left out so far in this process, because the sample would have been too long.
@@ -87,7 +88,7 @@ class TextLayout:
         ConfigError: If the tokenizer has no end of text, or splits 3D tokens.
     """
 
-    def __init__(self, vocabulary: Vocabulary, bins: int, max_length: int = 384) -> None:
+    def __init__(self, vocabulary: Vocabulary, bins: int, max_length: int = 384, one_length: bool = False) -> None:
         ids = vocabulary.encode(token_names(bins))
         if vocabulary.eos is None or any(len(part) != 1 for part in ids):
             raise ConfigError(
@@ -102,6 +103,7 @@ class TextLayout:
         self._vocabulary, self._eos, self._max_length = vocabulary, vocabulary.eos, max_length
         self._is_coordinate = np.zeros(len(vocabulary), bool)
         self._is_coordinate[[part[0] for part in ids]] = True
+        self._one_length = one_length
         self.dropped = 0
 
     def shortened(self, example: Example) -> Text:
@@ -123,12 +125,12 @@ class TextLayout:
         )
 
     def lay_out(self, texts: Sequence[Text]) -> TextRows:
-        """Return texts as a batch, padded to the longest.
+        """Return texts as a batch, padded to the longest, or to `max_length` where there is to be one length.
 
         An example without questions is bos, newline without an answer: nothing of it is predicted.
         """
         longest = max(map(len, texts))
-        length = -(-longest // MULTIPLE) * MULTIPLE
+        length = self._max_length if self._one_length else -(-longest // MULTIPLE) * MULTIPLE
         ids_BL = np.full((len(texts), length), self._vocabulary.pad, np.int64)
         ends_B, starts_B = np.zeros(len(texts), np.int64), np.zeros(len(texts), np.int64)
         for row, text in enumerate(texts):

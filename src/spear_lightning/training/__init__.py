@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.image_augmentation import ImageAugmentation
     from spear_lightning.training.labelled_image_data_module import LabelledImageDataModule
     from spear_lightning.training.mirror_augmentation import MirrorAugmentation
+    from spear_lightning.training.muon import MuonRecipe
     from spear_lightning.training.optimizer import OptimizerRecipe
     from spear_lightning.training.preemption import StopOnSignal
     from spear_lightning.training.regional_compile import RegionalCompile
@@ -53,6 +54,7 @@ _HOMES = {
     "LabelledImageDataModule": "labelled_image_data_module",
     "MLflowRunLogger": "tracking",
     "MirrorAugmentation": "mirror_augmentation",
+    "MuonRecipe": "muon",
     "OptimizerRecipe": "optimizer",
     "Phase": "freeze_schedule",
     "RegionalCompile": "regional_compile",
@@ -83,6 +85,7 @@ __all__ = [
     "LabelledImageDataModule",
     "MLflowRunLogger",
     "MirrorAugmentation",
+    "MuonRecipe",
     "OptimizerRecipe",
     "Phase",
     "RegionalCompile",

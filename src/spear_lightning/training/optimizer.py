@@ -144,14 +144,7 @@ class OptimizerRecipe:
         """
         source = next((item for item in module.trainer.callbacks if isinstance(item, ComponentSource)), None)  # type: ignore[attr-defined]
         components = source.components(module) if source else [everything(module)]
-        optimizer = torch.optim.AdamW(
-            self.groups(components),
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=self.fused,
-        )
+        optimizer = self.optimizer(self.groups(components))
         total = self.total_steps or module.trainer.max_steps
         if total <= 0:
             raise ConfigError(
@@ -162,6 +155,20 @@ class OptimizerRecipe:
             )
         scheduler = WarmupCosine(optimizer, self.warmup_steps, total, self.final_lr_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Return the optimizer of parameter groups."""
+        return torch.optim.AdamW(groups, **self.adamw_options())
+
+    def adamw_options(self) -> dict[str, Any]:
+        """Return the arguments of `torch.optim.AdamW` besides the groups."""
+        return {
+            "lr": self.lr,
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+            "fused": self.fused,
+        }
 
     def groups(self, components: list[Component]) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups: for each component, with and without weight decay."""

@@ -11,6 +11,7 @@ H query heads, G key and value heads, d channels of a head, K tokens attended to
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +83,14 @@ class Packing(NamedTuple):
 
     def unpack(self, packed_1TX: Tensor) -> Tensor:
         """Return (B, P, ...) of (1, T, ...); zero where padding is, unless it was taken as filling."""
+        return self.unpack_each([packed_1TX])[0]
+
+    def unpack_each(self, packed: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Do what `unpack` does for several rows of one shape, with one copy for all of them."""
+        rows_RTX = packed[0] if len(packed) == 1 else torch.cat(list(packed))
         shape = self.mask.shape[0], self.mask.shape[3]
-        padded_NX = packed_1TX.new_zeros((math.prod(shape), *packed_1TX.shape[2:]))
-        return padded_NX.index_copy(0, self.place_T, packed_1TX[0]).unflatten(0, shape)
+        padded_RNX = rows_RTX.new_zeros((len(rows_RTX), math.prod(shape), *rows_RTX.shape[2:]))
+        return padded_RNX.index_copy(1, self.place_T, rows_RTX).unflatten(1, shape).unbind()
 
 
 def pack_real_tokens(mask_BP: Tensor, count: int | None = None) -> Packing:

@@ -124,9 +124,9 @@ class SpearVLA(nn.Module):
             return Prefix(language_model.key_values(tokens_BPD, positions, mask), mask_BP, positions)
         packing = pack_real_tokens(mask_BP, self.vlm.real_tokens(images, real))
         packed = language_model.key_values(packing.pack(tokens_BPD), packing.pack(positions), packing)
-        key_values = [
-            KeyValue(*(packing.unpack(part.transpose(1, 2)).transpose(1, 2) for part in pair)) for pair in packed
-        ]
+        parts = packing.unpack_each([part.transpose(1, 2) for pair in packed for part in pair])
+        padded = [part.transpose(1, 2) for part in parts]
+        key_values = [KeyValue(*pair) for pair in zip(padded[::2], padded[1::2], strict=True)]
         return Prefix(key_values, mask_BP, positions)
 
     def velocity(self, prefix: Prefix, state: Tensor, noisy: Tensor, tau: Tensor) -> Tensor:

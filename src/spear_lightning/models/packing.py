@@ -122,7 +122,7 @@ def pack_answers(mask_BP: Tensor, answer_BP: Tensor, mask_BPP: Tensor, count: in
     kind_BP = torch.where(mask_BP, answer_BP.to(torch.uint8), 2)
     place_T = torch.argsort(kind_BP.flatten(), stable=True)[:total]
     sample_T = torch.div(place_T, length, rounding_mode="floor")
-    sample_T[count:] = batch
+    sample_T[count:].fill_(batch)
     order_T = torch.argsort(sample_T, stable=True)
     rows = AnswerRows(
         prompts=count - answers,
@@ -141,7 +141,7 @@ def _filled(mask_BP: Tensor, count: int | None) -> int:
 
 def _starts(mask_BP: Tensor, total: int) -> Tensor:
     start_S = F.pad(mask_BP.sum(dim=1).cumsum(dim=0), (1, 1)).to(torch.int32)
-    start_S[-1] = total
+    start_S[-1].fill_(total)
     return start_S
 
 

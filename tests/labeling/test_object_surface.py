@@ -39,7 +39,7 @@ def test_planes_stay_planes_and_reach_the_outline(normal: tuple[float, float, fl
     keep = mask & ~border(mask)
     broken = points.copy()
     broken[~keep] = np.nan
-    surface, outline = smooth_surface(broken, mask, keep, half_window, reach=1)
+    surface, outline = smooth_surface(broken, mask, keep, half_window, reach=1, max_points=ROWS * COLUMNS)
     np.testing.assert_allclose(surface, points[keep], rtol=1e-6)
     # Where every border pixel's point truly is, row by row.
     np.testing.assert_allclose(outline, points[border(mask)], rtol=1e-6)
@@ -54,7 +54,7 @@ def test_noise_becomes_small_and_the_outline_does_not_suffer() -> None:
     noisy = points + 0.002 * rng.normal(size=points.shape)
     # The border's own points are those of a background.
     noisy[~keep] *= 1.5
-    surface, outline = smooth_surface(noisy, mask, keep, 3, reach=1)
+    surface, outline = smooth_surface(noisy, mask, keep, 3, reach=1, max_points=ROWS * COLUMNS)
     before = np.linalg.norm((noisy - points)[keep], axis=-1)
     after = np.linalg.norm(surface - points[keep], axis=-1)
     assert np.sqrt((after**2).mean()) < 0.25 * np.sqrt((before**2).mean())
@@ -67,11 +67,11 @@ def test_edges_between_faces_stay_sharp_without_noise_and_nearly_with() -> None:
     first, second = wall((0.7, 0, 0.7)), wall((-0.7, 0, 0.7))
     points = np.where((first[..., 2] < second[..., 2])[..., None], first, second)
     keep = np.ones((ROWS, COLUMNS), bool)
-    surface, outline = smooth_surface(points, keep, keep, 3, reach=1)
+    surface, outline = smooth_surface(points, keep, keep, 3, reach=1, max_points=ROWS * COLUMNS)
     assert len(outline) == 0
     np.testing.assert_allclose(surface, points[keep], atol=1e-6)
     noisy = points + 0.002 * np.random.default_rng(0).normal(size=points.shape)
-    smoothed, _ = smooth_surface(noisy, keep, keep, 3, reach=1)
+    smoothed, _ = smooth_surface(noisy, keep, keep, 3, reach=1, max_points=ROWS * COLUMNS)
     before, after = (
         np.linalg.norm(noisy[keep] - points[keep], axis=-1),
         np.linalg.norm(smoothed - points[keep], axis=-1),
@@ -87,7 +87,7 @@ def test_what_was_left_out_within_is_no_outline_and_lone_pixels_stay() -> None:
     keep[10:20, 10:20] = True
     keep[30, 30] = True
     broken = np.where(keep[..., None], points, 1.5 * points)
-    surface, outline = smooth_surface(broken, mask, keep, 3, reach=2)
+    surface, outline = smooth_surface(broken, mask, keep, 3, reach=2, max_points=ROWS * COLUMNS)
     np.testing.assert_allclose(surface, points[keep], rtol=1e-6)
     # The mask's border is farther than two pixels from what was kept.
     assert len(outline) == 0
@@ -102,7 +102,20 @@ def test_border_pixels_that_agree_with_their_inside_keep_their_points() -> None:
     seen = points * 1.0
     seen[:20][border(mask)[:20]] *= 1.004
     seen[20:][border(mask)[20:]] *= 1.2
-    surface, outline = smooth_surface(seen, mask, keep, 2, reach=1)
+    surface, outline = smooth_surface(seen, mask, keep, 2, reach=1, max_points=ROWS * COLUMNS)
     upper = border(mask) & (np.arange(ROWS) < 20)[:, None]
     assert len(surface) == (keep | upper).sum()
     np.testing.assert_allclose(outline, points[border(mask) & ~upper], rtol=1e-2)
+
+
+def test_large_surfaces_are_thinned_but_for_their_border() -> None:
+    points = wall((0.2, 0.1, 0.9))
+    mask = np.ones((ROWS, COLUMNS), bool)
+    mask[0] = False
+    keep = mask & ~border(mask)
+    surface, outline = smooth_surface(np.where(keep[..., None], points, np.nan), mask, keep, 3, 1, max_points=150)
+    rim = keep & border(keep)
+    assert rim.sum() + 75 <= len(surface) <= rim.sum() + 150
+    nearest = np.linalg.norm(points[rim][:, None] - surface, axis=-1).min(1)
+    np.testing.assert_allclose(nearest, 0, atol=1e-9)
+    np.testing.assert_allclose(outline, points[border(mask)], rtol=1e-6)

@@ -1,34 +1,33 @@
-"""Which points of a cloud lie apart from the rest: statistical outlier removal.
+"""Which points of a point map lie apart from the rest: statistical outlier removal.
 
-scipy (extra `label`) gives the neighbour search. Few points need it: most lie in such company that their nearest
-neighbours are surely near enough.
+scipy (extra `label`) gives the neighbour search. Few points need it: most lie in such company in the image that
+their nearest neighbours are surely near enough.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 SLANTED = 4.0
 """Points this many times sparser than usual may still be a surface seen at a grazing angle."""
 
-SAMPLED = 512
+SAMPLED = 128
 """Points whose spacing says what is usual."""
 
-CELL = 1.25
-"""Side of the cells in which points are counted, as a multiple of the limit; it decides about speed alone."""
+AROUND = 4
+"""Pixels to each side of a sampled one in which its nearest neighbours are sought."""
 
-CELLS = 1 << 14
-"""Cells that are told apart."""
-
-CELL_NUMBERS = np.array([1, 131, 131 * 127])
-"""What a cell's number grows by along x, y, z."""
+COMPANY = 3
+"""Pixels to each side of a pixel that are its company; it decides about speed alone."""
 
 
-def inliers(
-    points_N3: np.ndarray, neighbours: int = 16, ratio: float = 4.0, max_points: int = 20_000
-) -> np.ndarray:
+def inliers(points_HW3: np.ndarray, known_HW: np.ndarray, neighbours: int = 16, ratio: float = 4.0) -> np.ndarray:
     """Tell which points lie as densely as the rest (statistical outlier removal).
 
     A point is an outlier if its mean distance to its nearest neighbours is far from usual. Distances are
@@ -36,62 +35,94 @@ def inliers(
     falling density of a slanted surface move the limit much (Open3D uses mean and standard deviation).
 
     Args:
-        points_N3: (N, 3) points, finite, any unit.
+        points_HW3: (H, W, 3) points as an image sees them, any unit; finite where known.
+        known_HW: bool (H, W), the points that are looked at.
         neighbours: Nearest neighbours of a point that are looked at.
         ratio: Robust standard deviations above the median at which a point is left out, if it is also `SLANTED`
             times sparser than usual.
-        max_points: Points measured; larger clouds are thinned evenly, and left-out points belong to no box.
 
     Returns:
-        bool (N,).
+        bool (H, W), True for known points that are no outliers.
     """
-    count = len(points_N3)
-    keep = np.zeros(count, bool)
-    chosen = np.arange(count) if count <= max_points else evenly(count, max_points)
-    if len(chosen) <= neighbours:
-        keep[chosen] = True
-        return keep
-    points = points_N3[chosen] - points_N3[chosen].mean(0)
-    spacing = _Spacing(points, neighbours)
-    usual = np.log(spacing(evenly(len(points), min(len(points), SAMPLED))))
+    places = np.flatnonzero(known_HW)
+    if len(places) <= neighbours:
+        return known_HW.copy()
+    points_N3 = points_HW3.reshape(-1, 3)[places].astype(np.float64)
+    points_N3 -= points_N3.mean(0)
+    spacing = _Spacing(points_N3, neighbours)
+    sample = evenly(len(places), min(len(places), SAMPLED))
+    usual = np.log(_spacing_in_image(points_N3, known_HW, places, sample, spacing))
     middle = np.median(usual)
     spread = 1.4826 * np.median(np.abs(usual - middle))
     limit = math.exp(middle + max(ratio * spread, math.log(SLANTED)))
-    dense = _crowded(points, limit, neighbours, 0.0) | _crowded(points, limit, neighbours, 0.5)
+    dense = _in_company(points_N3, known_HW, places, limit, neighbours)
     (open_ones,) = np.nonzero(~dense)
-    dense[open_ones] = spacing(open_ones) <= limit
-    keep[chosen] = dense
-    return keep
+    if len(open_ones):
+        dense[open_ones] = spacing(open_ones) <= limit
+    found_HW = np.zeros_like(known_HW)
+    found_HW.ravel()[places] = dense
+    return found_HW
 
 
 class _Spacing:
     """Mean distances of points (N, 3) to their nearest neighbours."""
 
-    def __init__(self, points: np.ndarray, neighbours: int) -> None:
-        from scipy.spatial import cKDTree
-
-        self._points, self._neighbours = points, neighbours
-        self._tree = cKDTree(points, balanced_tree=False, compact_nodes=False)
+    def __init__(self, points_N3: np.ndarray, neighbours: int) -> None:
+        self._points, self.neighbours = points_N3, neighbours
+        self._tree: cKDTree | None = None
 
     def __call__(self, which: np.ndarray) -> np.ndarray:
+        from scipy.spatial import cKDTree
+
+        if self._tree is None:
+            self._tree = cKDTree(self._points, balanced_tree=False, compact_nodes=False)
         # The nearest neighbour of a point is the point itself.
-        distances, _ = self._tree.query(self._points[which], k=self._neighbours + 1)
+        distances, _ = self._tree.query(self._points[which], k=self.neighbours + 1)
         return np.maximum(distances[:, 1:].mean(1), np.finfo(np.float64).tiny)
 
 
-def _crowded(points: np.ndarray, limit: float, neighbours: int, shift: float) -> np.ndarray:
+def _spacing_in_image(
+    points_N3: np.ndarray, known_HW: np.ndarray, places: np.ndarray, sample: np.ndarray, spacing: _Spacing
+) -> np.ndarray:
+    """Return the spacing of a sample of points, with neighbours near it in the image where they are enough."""
+    side = 2 * AROUND + 1
+    number_HW = np.full((known_HW.shape[0] + 2 * AROUND, known_HW.shape[1] + 2 * AROUND), -1)
+    number_HW[AROUND:-AROUND, AROUND:-AROUND][known_HW] = np.arange(len(places))
+    rows, columns = np.divmod(places[sample], known_HW.shape[1])
+    down, right = np.divmod(np.arange(side * side), side)
+    around = number_HW[rows[:, None] + down, columns[:, None] + right]
+    between = points_N3[around] - points_N3[sample][:, None]
+    distances = np.where(around >= 0, np.sqrt(np.einsum("sni,sni->sn", between, between)), np.inf)
+    nearest = np.partition(distances, spacing.neighbours, axis=1)[:, : spacing.neighbours + 1]
+    mean = np.maximum(nearest.sum(1) / spacing.neighbours, np.finfo(np.float64).tiny)
+    (few,) = np.nonzero(np.isinf(mean))
+    if len(few):
+        mean[few] = spacing(sample[few])
+    return mean
+
+
+def _in_company(
+    points_N3: np.ndarray, known_HW: np.ndarray, places: np.ndarray, limit: float, neighbours: int
+) -> np.ndarray:
     """Return which points are surely no farther than a limit from their nearest neighbours, on average; (N,).
 
-    The points are put into cells. The mean distance of one to all others of its cell, if they are enough, is no
-    less than that to its nearest neighbours, and no more than the root of the mean square, which the cell's
-    moments give. This holds for any set of points: that distant cells may share a number costs time alone.
+    The mean distance of one to all others of its company, if they are enough, is no less than that to its nearest
+    neighbours, and no more than the root of the mean square, which the company's moments give.
     """
-    cells = np.floor(points / (CELL * limit) + shift).astype(np.int64) @ CELL_NUMBERS % CELLS
-    count = np.bincount(cells, minlength=CELLS)
-    squares = np.einsum("ni,ni->n", points, points)
-    sums = np.stack([np.bincount(cells, values, CELLS) for values in (*points.T, squares)], axis=1)[cells]
-    members = count[cells]
-    total = members * squares - 2 * np.einsum("ni,ni->n", points, sums[:, :3]) + sums[:, 3]
+    from scipy import ndimage
+
+    squares = np.einsum("ni,ni->n", points_N3, points_N3)
+    side = 2 * COMPANY + 1
+    moments = np.empty((5, len(places)))
+    for moment, values in zip(moments, (np.ones(len(places)), *points_N3.T, squares), strict=True):
+        values_HW = np.zeros(known_HW.shape)
+        values_HW.ravel()[places] = values
+        for axis in (0, 1):
+            values_HW = ndimage.uniform_filter1d(values_HW, side, axis, mode="constant")
+        moment[:] = values_HW.ravel()[places]
+    moments *= side * side
+    members = np.rint(moments[0])
+    total = members * squares - 2 * np.einsum("ni,in->n", points_N3, moments[1:4]) + moments[4]
     return (members > neighbours) & (total <= (members - 1) * limit**2)
 
 

@@ -107,7 +107,8 @@ def assemble(evidence: Evidence, recipe: BoxRecipe, keep: ObjectFilter) -> Image
         DataError: If no pixel's point is known.
     """
     height, width = evidence.points_HW3.shape[:2]
-    known_HW = np.isfinite(evidence.points_HW3).all(-1) & (evidence.points_HW3[..., 2] > 0)
+    depth_HW = evidence.points_HW3[..., 2]
+    known_HW = (depth_HW > 0) & (depth_HW < np.inf)
     if not known_HW.any():
         raise DataError("No pixel's geometry is known", where=f"image {evidence.image_id!r}")
     objects, dropped = [], []
@@ -124,7 +125,7 @@ def assemble(evidence: Evidence, recipe: BoxRecipe, keep: ObjectFilter) -> Image
         height=height,
         source=evidence.source,
         unit=evidence.unit,
-        median_depth=float(np.median(evidence.points_HW3[..., 2][known_HW])),
+        median_depth=float(np.median(depth_HW[known_HW], overwrite_input=True)),
         objects=tuple(objects),
         intrinsics=evidence.intrinsics,
         pixels=pixels,
@@ -136,8 +137,8 @@ def assemble(evidence: Evidence, recipe: BoxRecipe, keep: ObjectFilter) -> Image
 def _object(evidence: Evidence, number: int, recipe: BoxRecipe, keep: ObjectFilter) -> ObjectLabel:
     height, width = evidence.points_HW3.shape[:2]
     bits = np.unpackbits(evidence.packed_masks[number], count=height * width)
-    mask_HW = bits.reshape(height, width).astype(bool)
-    if int(mask_HW.sum()) < keep.min_mask_pixels:
+    mask_HW = bits.reshape(height, width).view(bool)
+    if np.count_nonzero(mask_HW) < keep.min_mask_pixels:
         raise DataError(f"Its mask has fewer than {keep.min_mask_pixels} pixels")
     if evidence.mask_scores_N[number] < keep.min_mask_score:
         raise DataError(f"The segmenter gives its mask less than {keep.min_mask_score:g}")

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 
 from spear_lightning.labeling.assembly import Evidence, ObjectFilter, assemble
 from spear_lightning.labeling.object_label import BoxRecipe
 from spear_lightning.labeling.records import ImageLabel, check_label
 from spear_lightning.robot_data.worker_processes import end_with_parent
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""What a process's environment says for its libraries to use a thread each, whatever the parent's says.
+
+They read it when they are loaded, which is before any code of ours could tell them.
+"""
 
 
 class BoxPool:
@@ -28,6 +37,10 @@ class BoxPool:
             # Started from scratch: a fork would take the GPU's and the threads' state along.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(processes, context, _start_worker)
+            with _environment(ONE_THREAD):
+                # A process is started for each of these, and is ready when the first image is.
+                for _ in range(processes):
+                    self._pool.submit(_nothing)
 
     def __enter__(self) -> BoxPool:
         return self
@@ -61,3 +74,22 @@ def _start_worker() -> None:
     # There are as many processes as cores to use.
     torch.set_num_threads(1)
     end_with_parent()
+
+
+def _nothing() -> None:
+    """Let a process start."""
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Set variables of the environment that processes are started with."""
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -11,9 +11,13 @@ Shape letters: H and W the image part around an object, B pixels on its outline.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from functools import cache
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from spear_lightning.geometry.outliers import evenly
 
 CREASE = 4.0
 """Where the squared misfit is so many times the usual one, two faces meet: a window of 3 x 3 pixels is used."""
@@ -24,12 +28,20 @@ MOST_CHANGE = 0.05
 AGREES = 0.006
 """A pixel that erosion took keeps its own point if 1 / depth is that of the surface up to this share."""
 
+ON_RAYS = 512
+"""Points by which the camera is known: all lie on its rays exactly, so that a few are as good as all."""
+
 FEWEST = 6
 """An affine function of three numbers is fitted to so many pixels at least."""
 
 
 def smooth_surface(
-    points_HW3: np.ndarray, mask_HW: np.ndarray, keep_HW: np.ndarray, half_window: int, reach: int
+    points_HW3: np.ndarray,
+    mask_HW: np.ndarray,
+    keep_HW: np.ndarray,
+    half_window: int,
+    reach: int,
+    max_points: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Smooth an object's points, and continue them to its outline.
 
@@ -40,32 +52,61 @@ def smooth_surface(
         half_window: Pixels to each side of a pixel that its affine function is fitted to; at least 1.
         reach: Pixels over which the surface is continued: as many as erosion took. Those that were left out for
             other reasons are no part of the surface.
+        max_points: About so many smoothed points are returned at most, and those at the border of what is kept.
 
     Returns:
-        float64 (N, 3) smoothed points of the kept pixels, and of those within reach that agree with them, row by
+        float64 (N, 3) smoothed points of kept pixels, and of those within reach that agree with them, row by
         row; and (B, 3) points that the surface is continued to at the other pixels of the outline within reach.
     """
     rays_u, rays_v = _rays(points_HW3, keep_HW)
     with np.errstate(divide="ignore", invalid="ignore"):
         measured_HW = 1 / points_HW3[..., 2].astype(np.float64)
     keep_HW = keep_HW | _agreeing(measured_HW, mask_HW, keep_HW, half_window, reach)
-    fit = _fits(np.where(keep_HW, measured_HW, 0.0), keep_HW, half_window)
-    rows, columns = np.nonzero(keep_HW)
-    surface = _points(rays_u, rays_v, columns, rows, fit.value[rows, columns])
-    rows, columns = np.nonzero(_border(mask_HW) & ~keep_HW)
-    inverse, close = _continued(fit, keep_HW, rows, columns, reach)
-    return surface, _points(rays_u, rays_v, columns[close], rows[close], inverse[close])
+    shown_HW = _thinned(keep_HW, max_points)
+    rows, columns = np.nonzero(mask_HW & ~eroded(mask_HW) & ~keep_HW)
+    near, found = _nearest_kept(keep_HW, rows, columns, reach)
+    wanted_HW = shown_HW.copy()
+    wanted_HW[near] = True
+    fit = _fits(measured_HW, keep_HW, half_window, wanted_HW)
+    inverse = _continued(fit, near, rows[found], columns[found])
+    outline = _points(rays_u, rays_v, columns[found], rows[found], inverse)
+    rows, columns = np.nonzero(shown_HW)
+    return _points(rays_u, rays_v, columns, rows, fit.value[rows, columns]), outline
+
+
+def eroded(mask_HW: np.ndarray, pixels: int = 1, beyond: Literal["constant", "edge"] = "constant") -> np.ndarray:
+    """Return a mask without its outermost pixels; beyond the bounds there is nothing, or what is at their edge."""
+    for _ in range(pixels):
+        padded_HW = np.pad(mask_HW, 1, mode=beyond)
+        rows_HW = padded_HW[:-2] & padded_HW[1:-1] & padded_HW[2:]
+        mask_HW = rows_HW[:, :-2] & rows_HW[:, 1:-1] & rows_HW[:, 2:]
+    return mask_HW
+
+
+def _thinned(keep_HW: np.ndarray, max_points: int) -> np.ndarray:
+    """Return about so many of the kept pixels at most, in some rows and columns, and all those on the border."""
+    inner_HW = eroded(keep_HW)
+    step = math.ceil(math.sqrt(np.count_nonzero(inner_HW) / max_points))
+    if step < 2:
+        return keep_HW
+    shown_HW = keep_HW & ~inner_HW
+    shown_HW[::step, ::step] |= inner_HW[::step, ::step]
+    return shown_HW
 
 
 def _agreeing(
     measured_HW: np.ndarray, mask_HW: np.ndarray, keep_HW: np.ndarray, half_window: int, reach: int
 ) -> np.ndarray:
     """Return which pixels near the outline have a point of their own that continues the surface."""
-    fit = _fits(np.where(keep_HW, measured_HW, 0.0), keep_HW, half_window)
     rows, columns = np.nonzero(mask_HW & ~keep_HW)
-    inverse, close = _continued(fit, keep_HW, rows, columns, reach)
+    near, found = _nearest_kept(keep_HW, rows, columns, reach)
     agreeing_HW = np.zeros_like(mask_HW)
-    agreeing_HW[rows, columns] = close & (np.abs(measured_HW[rows, columns] / inverse - 1) < AGREES)
+    if len(found):
+        wanted_HW = np.zeros_like(mask_HW)
+        wanted_HW[near] = True
+        rows, columns = rows[found], columns[found]
+        inverse = _continued(_fits(measured_HW, keep_HW, half_window, wanted_HW), near, rows, columns)
+        agreeing_HW[rows, columns] = np.abs(measured_HW[rows, columns] / inverse - 1) < AGREES
     return agreeing_HW
 
 
@@ -79,7 +120,8 @@ class _Fits(NamedTuple):
 
 def _rays(points_HW3: np.ndarray, keep_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the lines x / z = m u + b and y / z = m v + b, (m, b) each, that pixel coordinates follow."""
-    rows, columns = np.nonzero(keep_HW)
+    kept = np.flatnonzero(keep_HW)
+    rows, columns = np.divmod(kept[evenly(len(kept), min(len(kept), ON_RAYS))], keep_HW.shape[1])
     x, y, z = points_HW3[rows, columns].astype(np.float64).T
     return _line(columns, x / z), _line(rows, y / z)
 
@@ -98,25 +140,26 @@ def _points(
     return directions / inverse[:, None]
 
 
-def _fits(inverse_HW: np.ndarray, keep_HW: np.ndarray, half_window: int) -> _Fits:
-    """Return the fit of the wide window, or of 3 x 3 pixels where two faces meet.
+def _fits(inverse_HW: np.ndarray, keep_HW: np.ndarray, half_window: int, wanted_HW: np.ndarray) -> _Fits:
+    """Return the fit of the wide window, or of 3 x 3 pixels where two faces meet; zero where it is not wanted.
 
     Where even these do not agree, that is no noise but an edge, and the value stays as it is.
     """
     # Relative to the mean, so that squares lose no digits.
     level = float(inverse_HW[keep_HW].mean())
-    values_HW = np.where(keep_HW, inverse_HW / level - 1, 0.0)
-    kept = np.flatnonzero(keep_HW)
-    fit, misfit = _fit(values_HW, keep_HW, half_window, kept)
+    values_HW = np.zeros(keep_HW.shape)
+    values_HW[keep_HW] = inverse_HW[keep_HW] / level - 1
+    wanted = np.flatnonzero(wanted_HW)
+    fit, misfit = _fit(values_HW, keep_HW, half_window, wanted)
     limit = CREASE * float(np.median(misfit)) + 1e-14
     (crease,) = np.nonzero(misfit > limit)
     if len(crease):
-        narrow, narrow_misfit = _fit(values_HW, keep_HW, 1, kept[crease])
-        narrow[0] = np.where(narrow_misfit > limit, values_HW.ravel()[kept[crease]], narrow[0])
+        narrow, narrow_misfit = _fit(values_HW, keep_HW, 1, wanted[crease])
+        narrow[0] = np.where(narrow_misfit > limit, values_HW.ravel()[wanted[crease]], narrow[0])
         fit[:, crease] = narrow
     fit_3HW = np.zeros((3, *keep_HW.shape))
-    fit_3HW[:, keep_HW] = level * fit
-    fit_3HW[0, keep_HW] += level
+    fit_3HW[:, wanted_HW] = level * fit
+    fit_3HW[0, wanted_HW] += level
     return _Fits(*fit_3HW)
 
 
@@ -128,16 +171,16 @@ def _fit(
     Returns:
         (3, N) value, slope along u and v; and the mean squared misfit (N,).
     """
-    weights = _moments(keep_HW.astype(np.float64), half, wanted, 2)
-    count, sum_u, sum_v = weights[0, 0], weights[1, 0], weights[0, 1]
-    firsts = _moments(values_HW, half, wanted, 1)
-    right = np.stack([firsts[0, 0], firsts[1, 0], firsts[0, 1]])
+    basis_6K = _basis(half)
+    weights_KN, values_KN = _windows(keep_HW.astype(np.float64), half, wanted), _windows(values_HW, half, wanted)
+    count, sum_u, sum_v, sum_uu, sum_uv, sum_vv = basis_6K @ weights_KN
+    right = basis_6K[:3] @ values_KN
     # Normal equations with the mean taken out: two by two.
     usable = count >= FEWEST
     share = 1 / np.maximum(count, 1)
-    uu = weights[2, 0] - sum_u * sum_u * share
-    vv = weights[0, 2] - sum_v * sum_v * share
-    uv = weights[1, 1] - sum_u * sum_v * share
+    uu = sum_uu - sum_u * sum_u * share
+    vv = sum_vv - sum_v * sum_v * share
+    uv = sum_uv - sum_u * sum_v * share
     determinant = uu * vv - uv * uv
     usable &= determinant > 1e-6 * count * count
     mean = right[0] * share
@@ -148,53 +191,52 @@ def _fit(
     # Too few around it: the pixel stays as it is.
     value = np.where(usable, mean - (along_u * sum_u + along_v * sum_v) * share, values_HW.ravel()[wanted])
     fit = np.stack([value, along_u, along_v])
-    squares = _moments(values_HW**2, half, wanted, 0)[0, 0] - (fit * right).sum(0)
+    squares = np.einsum("kn,kn->n", values_KN, values_KN) - (fit * right).sum(0)
     return fit, np.where(usable, np.maximum(squares, 0) * share, 0.0)
 
 
-def _moments(
-    values_HW: np.ndarray, half: int, wanted: np.ndarray, order: int
-) -> dict[tuple[int, int], np.ndarray]:
-    """Return the sums of values x du^i dv^j, i + j <= order, over a window around each wanted pixel."""
-    from scipy import ndimage
-
-    offsets = np.arange(-half, half + 1, dtype=np.float64)
-    sums = {}
-    for i in range(order + 1):
-        part_HW = ndimage.correlate1d(values_HW, offsets**i, axis=1, mode="constant")
-        for j in range(order + 1 - i):
-            both_HW = ndimage.correlate1d(part_HW, offsets**j, axis=0, mode="constant")
-            sums[i, j] = both_HW.ravel()[wanted]
-    return sums
+@cache
+def _basis(half: int) -> np.ndarray:
+    """Return 1, du, dv, du du, du dv, dv dv (6, K) at the pixels of a window, row by row."""
+    dv, du = np.mgrid[-half : half + 1, -half : half + 1].reshape(2, -1).astype(np.float64)
+    return np.stack([np.ones_like(du), du, dv, du * du, du * dv, dv * dv])
 
 
-def _border(mask_HW: np.ndarray) -> np.ndarray:
-    """Return the outermost pixels of a mask; the part of the image that is looked at is the mask's bounds."""
-    from scipy import ndimage
+def _windows(values_HW: np.ndarray, half: int, wanted: np.ndarray) -> np.ndarray:
+    """Return the values (K, N) of the pixels in windows around the wanted ones; zero beyond the bounds."""
+    rows, columns = np.divmod(wanted, values_HW.shape[1])
+    padded_HW = np.pad(values_HW, half)
+    line, steps = padded_HW.shape[1], np.arange(2 * half + 1)
+    offsets = (steps[:, None] * line + steps).ravel()
+    return padded_HW.ravel().take(offsets[:, None] + (rows * line + columns))
 
-    return mask_HW & ~ndimage.binary_erosion(mask_HW, np.ones((3, 3)))
 
+def _nearest_kept(
+    keep_HW: np.ndarray, rows: np.ndarray, columns: np.ndarray, reach: int
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Return the kept pixels, rows (F,) and columns (F,), nearest to those of pixels (B,) with one within reach.
 
-def _continued(
-    fit: _Fits, keep_HW: np.ndarray, rows: np.ndarray, columns: np.ndarray, reach: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1 / depth of the surface continued to pixels (B,), and which of them have a kept one within reach.
-
-    It is continued from the nearest kept pixel.
+    Also which of the pixels have one, as their numbers (F,).
     """
     padded_HW = np.pad(keep_HW, reach)
-    inverse, close = np.full(len(rows), np.nan), np.zeros(len(rows), bool)
+    near_row, near_column = np.full((2, len(rows)), -1)
     steps = sorted(
         ((down, right) for down in range(-reach, reach + 1) for right in range(-reach, reach + 1)), key=_length
     )
     for down, right in steps:
-        (found,) = np.nonzero(~close & padded_HW[rows - down + reach, columns - right + reach])
-        near = rows[found] - down, columns[found] - right
-        value = fit.value[near]
-        change = fit.along_u[near] * right + fit.along_v[near] * down
-        inverse[found] = value + np.clip(change, -MOST_CHANGE * value, MOST_CHANGE * value)
-        close[found] = True
-    return inverse, close
+        (found,) = np.nonzero((near_row < 0) & padded_HW[rows - down + reach, columns - right + reach])
+        near_row[found], near_column[found] = rows[found] - down, columns[found] - right
+    (found,) = np.nonzero(near_row >= 0)
+    return (near_row[found], near_column[found]), found
+
+
+def _continued(
+    fit: _Fits, near: tuple[np.ndarray, np.ndarray], rows: np.ndarray, columns: np.ndarray
+) -> np.ndarray:
+    """Return 1 / depth of the surface (F,) continued from pixels near others to these."""
+    value = fit.value[near]
+    change = fit.along_u[near] * (columns - near[1]) + fit.along_v[near] * (rows - near[0])
+    return value + np.clip(change, -MOST_CHANGE * value, MOST_CHANGE * value)
 
 
 def _length(step: tuple[int, int]) -> int:

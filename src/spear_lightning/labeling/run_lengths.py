@@ -16,16 +16,18 @@ def encode_mask(mask_HW: np.ndarray) -> np.ndarray:
     Returns:
         int64 (R,): lengths of alternating runs of False and True in column-major order; the first may be 0.
     """
-    flat = np.asarray(mask_HW, bool).ravel(order="F")
-    if flat.size == 0:
+    mask_HW = np.asarray(mask_HW, bool)
+    if mask_HW.size == 0:
         return np.zeros(0, np.int64)
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = (
-        np.concatenate([[0], changes, [flat.size]])
-        if not flat[0]
-        else np.concatenate([[0, 0], changes, [flat.size]])
-    )
-    return np.diff(starts)
+    columns = np.flatnonzero(mask_HW.any(0))
+    if not len(columns):
+        return np.array([mask_HW.size])
+    # Only the columns that the mask touches are looked at: zeros to their sides belong to the outermost runs.
+    first, stop = columns[0], columns[-1] + 1
+    flat = mask_HW[:, first:stop].ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat, prepend=False, append=False))
+    counts = np.diff(changes + first * len(mask_HW), prepend=0, append=mask_HW.size)
+    return counts if counts[-1] else counts[:-1]
 
 
 def decode_mask(counts_R: np.ndarray, height: int, width: int) -> np.ndarray:

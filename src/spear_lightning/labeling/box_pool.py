@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -33,17 +33,26 @@ class BoxPool:
     def __init__(self, processes: int, recipe: BoxRecipe, keep: ObjectFilter) -> None:
         self._recipe, self._keep = recipe, keep
         self._pool: ProcessPoolExecutor | None = None
+        self._starts: list[Future[None]] = []
         if processes:
             # Started from scratch: a fork would take the GPU's and the threads' state along.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(processes, context, _start_worker)
             with _environment(ONE_THREAD):
                 # A process is started for each of these, and is ready when the first image is.
-                for _ in range(processes):
-                    self._pool.submit(_nothing)
+                self._starts = [self._pool.submit(_nothing) for _ in range(processes)]
 
     def __enter__(self) -> BoxPool:
         return self
+
+    def wait_for_start(self) -> None:
+        """Wait until the processes can work.
+
+        Raises:
+            BrokenExecutor: If one of them cannot start.
+        """
+        for start in self._starts:
+            start.result()
 
     def __call__(self, evidence: Evidence) -> ImageLabel:
         """Return the label of an image (see `assemble`), checked.

@@ -14,6 +14,7 @@ from torch import Tensor
 from spear_lightning.errors import ConfigError, SpearError
 from spear_lightning.geometry.cameras import NormalizedIntrinsics, PixelIntrinsics
 from spear_lightning.geometry.point_maps import PointMaps
+from spear_lightning.labeling.device_copies import fetch, own_stream, to_device
 from spear_lightning.labeling.records import Unit
 
 
@@ -147,16 +148,17 @@ class NetworkGeometry(Geometry):
     def _batch(
         self, images: Sequence[np.ndarray], cameras: Sequence[PixelIntrinsics | None]
     ) -> list[PointMap | SpearError]:
-        images_B3HW = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         focals = [float("nan") if camera is None else camera.fx / camera.width for camera in cameras]
         half = self.half and self.device.type == "cuda"
-        with torch.autocast(self.device.type, torch.float16, enabled=half):
-            maps = self.network.point_maps(images_B3HW, torch.tensor(focals, device=self.device))
+        with own_stream(self.device), torch.autocast(self.device.type, torch.float16, enabled=half):
+            images_B3HW = to_device(images, self.device).permute(0, 3, 1, 2)
+            focal_B = to_device([np.array(focal, np.float32) for focal in focals], self.device)
+            maps = self.network.point_maps(images_B3HW, focal_B)
+            points_BHW3, valid_BHW, cameras_B4 = fetch([maps.points, maps.valid, maps.intrinsics])
         height, width = images[0].shape[:2]
-        points_BHW3, valid_BHW = maps.points.cpu().numpy(), maps.valid.cpu().numpy()
         return [
             PointMap(points_HW3, valid_HW, NormalizedIntrinsics(*camera).pixels(height, width), unit_of(maps))
-            for points_HW3, valid_HW, camera in zip(points_BHW3, valid_BHW, maps.intrinsics.tolist(), strict=True)
+            for points_HW3, valid_HW, camera in zip(points_BHW3, valid_BHW, cameras_B4.tolist(), strict=True)
         ]
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import torch
 
 from spear_lightning.errors import ConfigError, DataError, SpearError
 from spear_lightning.labeling.assembly import DROPPED, Evidence, ObjectFilter, gather
@@ -25,6 +28,12 @@ from spear_lightning.labeling.work_split import WorkSplit
 from spear_lightning.robot_data.images import decode_image
 
 log = logging.getLogger(__name__)
+
+MOST_PROCESSES = 8
+"""Processes that fit boxes, unless more are asked for: as many as a fast GPU keeps at work."""
+
+GPU_THREADS = 2
+"""Batches of a network under way at the same time: one is prepared or fetched while the GPU works on another."""
 
 DEFAULT_RECIPE, DEFAULT_DETECTIONS, DEFAULT_OBJECTS = BoxRecipe(), DetectionFilter(), ObjectFilter()
 
@@ -54,6 +63,11 @@ class Tally:
     busy_s: dict[str, float] = field(default_factory=dict)
 
 
+def default_processes() -> int:
+    """Return how many processes fit boxes unless it is said: half of the cores, `MOST_PROCESSES` at most."""
+    return min(MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+
+
 class LabelingRun:
     """Labels the images of a source. Interrupted, it goes on where it stopped; with any number of processes.
 
@@ -69,7 +83,8 @@ class LabelingRun:
         shard_size: Images of a shard; a killed process loses at most so many, but no paid reply.
         decode_threads: Threads that decode images.
         geometry_batch: Images that go to the geometry step together.
-        box_processes: Processes that fit boxes, for each process of the run; 0: a thread.
+        box_processes: Processes that fit boxes, for each process of the run; 0: a thread. Default: half of the
+            cores, 8 at most.
         max_failures_in_a_row: The run ends when so many images fail one after another.
         limit: Only the first so many images of the source, whether they are done or not; null: all.
     """
@@ -87,10 +102,12 @@ class LabelingRun:
         shard_size: int = 256,
         decode_threads: int = 2,
         geometry_batch: int = 8,
-        box_processes: int = 4,
+        box_processes: int | None = None,
         max_failures_in_a_row: int = 50,
         limit: int | None = None,
     ) -> None:
+        if box_processes is None:
+            box_processes = default_processes()
         smallest = min(shard_size, decode_threads, geometry_batch, max_failures_in_a_row, box_processes + 1)
         if smallest < 1:
             raise ConfigError("Sizes of a labelling run must be positive", found=smallest)
@@ -140,11 +157,27 @@ class LabelingRun:
         progress(tally)
         if not todo:
             return tally
-        for part in (self._detector, self._segmenter, self._geometry):
-            part.prepare(device or split.device)
-        with folder, BoxPool(self._box_processes, self._recipe, self._objects) as pool:
-            stages = self._stages(pool, failed_before if retry_failed else ())
-            start, in_a_row = time.perf_counter(), 0
+        device = device or split.device
+        # Its processes start while models are loaded.
+        with BoxPool(self._box_processes, self._recipe, self._objects) as pool:
+            for part in (self._detector, self._segmenter, self._geometry):
+                part.prepare(device)
+            pool.wait_for_start()
+            network_threads = GPU_THREADS if torch.device(device).type == "cuda" else 1
+            stages = self._stages(pool, network_threads, failed_before if retry_failed else ())
+            self._work_through(todo, stages, folder, tally, progress)
+        return tally
+
+    def _work_through(
+        self,
+        todo: Sequence[ImageRef],
+        stages: list[Stage[ImageJob]],
+        folder: LabelFolder,
+        tally: Tally,
+        progress: Callable[[Tally], None],
+    ) -> None:
+        start, in_a_row = time.perf_counter(), 0
+        with folder:
             for job in run_stages(self._read(todo), stages):
                 in_a_row = in_a_row + 1 if self._finish(job, folder, tally) else 0
                 tally.seconds = time.perf_counter() - start
@@ -158,7 +191,6 @@ class LabelingRun:
                         found=job.failure.reason,
                         remedy="mend it, and go on with the same command and --retry_failed",
                     )
-        return tally
 
     def _todo(self, split: WorkSplit, settled: set[str]) -> list[ImageRef]:
         refs = list(itertools.islice(self.source.refs(), self._limit))
@@ -199,7 +231,7 @@ class LabelingRun:
             ) from error
         return self.source.read(ref)
 
-    def _stages(self, pool: BoxPool, retried: Collection[str]) -> list[Stage[ImageJob]]:
+    def _stages(self, pool: BoxPool, network_threads: int, retried: Collection[str]) -> list[Stage[ImageJob]]:
         def detect(jobs: list[ImageJob]) -> list[Detections | SpearError]:
             pictures = [present(job.picture) for job in jobs]
             for picture in pictures:
@@ -235,11 +267,13 @@ class LabelingRun:
                 "segment",
                 lambda jobs: attempt("segment", with_objects(jobs), segment, _set_masks),
                 segmenter.batch_size,
+                network_threads,
             ),
             Stage(
                 "geometry",
                 lambda jobs: attempt("geometry", jobs, find_points, _set_point_map),
                 self._geometry_batch,
+                network_threads,
             ),
             # One image more than there are processes: it is packed while they work.
             Stage("boxes", lambda jobs: attempt("boxes", jobs, fit, _set_label), 1, processes + 1),

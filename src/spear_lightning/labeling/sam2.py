@@ -13,6 +13,7 @@ from torch.nn import functional
 from spear_lightning.errors import CheckpointError, SpearError
 from spear_lightning.labeling.detections import Detections
 from spear_lightning.labeling.detector import Picture
+from spear_lightning.labeling.device_copies import fetch, own_stream, to_device
 from spear_lightning.labeling.segmenter import Masks, Segmenter
 
 
@@ -64,11 +65,18 @@ class Sam2(Segmenter):
     def use(self, network: Any, device: torch.device | str = "cpu") -> None:
         """Use a `Sam2Model` that is there already."""
         self._device = torch.device(device)
+        self._mean, self._spread = (
+            torch.tensor(values, device=self._device)[:, None, None] for values in (self.MEAN, self.SPREAD)
+        )
         self._network = network.eval().requires_grad_(False).to(self._device)
 
     @torch.inference_mode()
     def segment(self, pictures: Sequence[Picture], boxes: Sequence[Detections]) -> list[Masks | SpearError]:
         """Return the masks of a batch of images (see `Segmenter.segment`)."""
+        with own_stream(self._device):
+            return self._masks(pictures, boxes)
+
+    def _masks(self, pictures: Sequence[Picture], boxes: Sequence[Detections]) -> list[Masks | SpearError]:
         sizes = [picture.pixels_HW3.shape[:2] for picture in pictures]
         images_B3SS = torch.cat([self._prepared(picture.pixels_HW3) for picture in pictures])
         boxes_BN4 = self._stretched(boxes, sizes)
@@ -78,15 +86,14 @@ class Sam2(Segmenter):
             # A single mask for each box: several are for prompts that leave open what is meant.
             outputs = self._network(image_embeddings=embeddings, input_boxes=boxes_BN4, multimask_output=False)
         scores_BN = outputs.iou_scores[..., 0].float().clamp(0, 1)
-        found: list[Masks | SpearError] = []
-        for image, (height, width) in enumerate(sizes):
-            count = len(boxes[image])
+        masks = []
+        for logits_N1hw, found, size in zip(outputs.pred_masks, boxes, sizes, strict=True):
             logits_N1HW = functional.interpolate(
-                outputs.pred_masks[image, :count].float(), (height, width), mode="bilinear", align_corners=False
+                logits_N1hw[: len(found)].float(), size, mode="bilinear", align_corners=False
             )
-            masks_NHW = (logits_N1HW[:, 0] > 0).cpu().numpy()
-            found.append(Masks(masks_NHW, scores_BN[image, :count].cpu().numpy()))
-        return found
+            masks.append(logits_N1HW[:, 0] > 0)
+        scores, *fetched = fetch([scores_BN, *masks])
+        return [Masks(masks_NHW, row[: len(masks_NHW)]) for masks_NHW, row in zip(fetched, scores, strict=True)]
 
     @property
     def _side(self) -> int:
@@ -94,16 +101,13 @@ class Sam2(Segmenter):
 
     def _prepared(self, image_HW3: np.ndarray) -> Tensor:
         """Return (1, 3, S, S): stretched to the square and normalised, on the device."""
-        # Decoded PNGs are read-only, which torch does not like.
-        pixels = torch.from_numpy(np.require(image_HW3, requirements=["C", "W"])).to(self._device)
-        pixels_13HW = pixels.permute(2, 0, 1)[None].float() / 255
+        pixels_13HW = to_device([image_HW3], self._device).permute(0, 3, 1, 2).float() / 255
         side = (self._side, self._side)
         if pixels_13HW.shape[-2:] != side:
             pixels_13HW = functional.interpolate(
                 pixels_13HW, side, mode="bilinear", align_corners=False, antialias=True
             )
-        mean, spread = (pixels_13HW.new_tensor(values)[:, None, None] for values in (self.MEAN, self.SPREAD))
-        return (pixels_13HW - mean) / spread
+        return (pixels_13HW - self._mean) / self._spread
 
     def _stretched(self, boxes: Sequence[Detections], sizes: Sequence[tuple[int, ...]]) -> Tensor:
         """Return (B, N, 4) boxes in the square's pixels; images with fewer boxes repeat their last."""
@@ -113,4 +117,4 @@ class Sam2(Segmenter):
             scale = self._side / np.array([width, height, width, height], np.float32)
             rows = np.minimum(np.arange(most), len(found) - 1)
             stretched.append(found.boxes_N4[rows] * scale)
-        return torch.from_numpy(np.stack(stretched).astype(np.float32)).to(self._device)
+        return to_device([boxes_N4.astype(np.float32) for boxes_N4 in stretched], self._device)

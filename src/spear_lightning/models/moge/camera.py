@@ -109,7 +109,7 @@ class _Search:
         return torch.maximum(shift_B, self.lowest)
 
     def focal(self, shift_B: Tensor) -> Tensor:
-        """Return the best focal length (B,) for a shift, or the known one."""
+        """Return the best focal length (B,) for a shift, or the known one; further dimensions may come first."""
         projected = self._projected(shift_B)
         best_B = _dot(projected, self.target) / _dot(projected, projected).clamp(min=1e-300)
         return torch.where(self.known.isnan(), best_B, self.known)
@@ -127,14 +127,15 @@ class _Search:
         residual = focal_B[:, None, None] * projected - self.target
         move_B = -_dot(jacobian, residual) / _dot(jacobian, jacobian).clamp(min=1e-300)
         tries = torch.stack([torch.maximum(shift_B + share * move_B, self.lowest) for share in SHRINK])
-        errors = torch.stack([self._error(shift) for shift in tries]).nan_to_num(torch.inf)
+        # All at once: the sums are small, and on a GPU their number counts.
+        errors = self._error(tries).nan_to_num(torch.inf)
         return tries.gather(0, errors.argmin(0, keepdim=True))[0]
 
     def _projected(self, shift_B: Tensor) -> Tensor:
-        return self.xy / (self.depth + shift_B[:, None])[..., None]
+        return self.xy / (self.depth + shift_B[..., None])[..., None]
 
     def _error(self, shift_B: Tensor) -> Tensor:
-        residual = self.focal(shift_B)[:, None, None] * self._projected(shift_B) - self.target
+        residual = self.focal(shift_B)[..., None, None] * self._projected(shift_B) - self.target
         return _dot(residual, residual)
 
 

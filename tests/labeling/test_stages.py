@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spear_lightning.labeling.stages import Stage, run_stages
+from spear_lightning.labeling.stages import Stage, _Belt, run_stages
 
 
 class Thing:
@@ -113,3 +113,14 @@ def test_leaving_early_ends_the_threads() -> None:
     assert next(line).steps == ["a", "b"]
     line.close()  # type: ignore[attr-defined]
     assert set(threading.enumerate()) <= before
+
+
+def test_batches_are_put_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for a batch is not woken for its first thing alone."""
+    belt, seen = _Belt[int](6, 1), list[int]()
+    monkeypatch.setattr(belt._changed, "notify_all", lambda: seen.append(len(belt._things)))
+    belt.put_together([0, 1, 2, 3])
+    assert seen == [4]
+    assert belt.take(3) == [0, 1, 2]
+    belt.put_together([4, 5])
+    assert belt.take(8) == [3, 4, 5]

@@ -57,6 +57,18 @@ class _Belt(Generic[T]):
                 self._things.append(thing)
                 self._changed.notify_all()
 
+    def put_together(self, things: Sequence[T]) -> None:
+        """Put a batch at once, as far as there is room: who takes it shall not get its first thing alone."""
+        while things:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopped or len(self._things) < self._length)
+                if self._stopped:
+                    raise _Stopped
+                room = self._length - len(self._things)
+                self._things.extend(things[:room])
+                things = things[room:]
+                self._changed.notify_all()
+
     def take(self, most: int) -> list[T]:
         """Return 1 to `most` things; none at the end."""
         with self._changed:
@@ -135,6 +147,6 @@ def _worker(stage: Stage[T], source: _Belt[T], out: _Belt[T]) -> Callable[[], No
             start = time.perf_counter()
             stage.work(batch)
             stage.busy_s += time.perf_counter() - start
-            out.put(batch)
+            out.put_together(batch)
 
     return work

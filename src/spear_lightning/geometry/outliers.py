@@ -55,12 +55,12 @@ def inliers(points_HW3: np.ndarray, known_HW: np.ndarray, neighbours: int = 16, 
     middle = np.median(usual)
     spread = 1.4826 * np.median(np.abs(usual - middle))
     limit = math.exp(middle + max(ratio * spread, math.log(SLANTED)))
-    dense = _in_company(points_N3, known_HW, places, limit, neighbours)
+    dense = _in_company(points_N3, known_HW, limit, neighbours)
     (open_ones,) = np.nonzero(~dense)
     if len(open_ones):
         dense[open_ones] = spacing(open_ones) <= limit
     found_HW = np.zeros_like(known_HW)
-    found_HW.ravel()[places] = dense
+    found_HW[known_HW] = dense
     return found_HW
 
 
@@ -101,9 +101,7 @@ def _spacing_in_image(
     return mean
 
 
-def _in_company(
-    points_N3: np.ndarray, known_HW: np.ndarray, places: np.ndarray, limit: float, neighbours: int
-) -> np.ndarray:
+def _in_company(points_N3: np.ndarray, known_HW: np.ndarray, limit: float, neighbours: int) -> np.ndarray:
     """Return which points are surely no farther than a limit from their nearest neighbours, on average; (N,).
 
     The mean distance of one to all others of its company, if they are enough, is no less than that to its nearest
@@ -111,19 +109,18 @@ def _in_company(
     """
     from scipy import ndimage
 
-    squares = np.einsum("ni,ni->n", points_N3, points_N3)
+    points_3HW = np.zeros((3, *known_HW.shape))
+    for values_HW, values in zip(points_3HW, points_N3.T, strict=True):
+        values_HW[known_HW] = values
+    squares_HW = (points_3HW * points_3HW).sum(0)
     side = 2 * COMPANY + 1
-    moments = np.empty((5, len(places)))
-    for moment, values in zip(moments, (np.ones(len(places)), *points_N3.T, squares), strict=True):
-        values_HW = np.zeros(known_HW.shape)
-        values_HW.ravel()[places] = values
-        for axis in (0, 1):
-            values_HW = ndimage.uniform_filter1d(values_HW, side, axis, mode="constant")
-        moment[:] = values_HW.ravel()[places]
-    moments *= side * side
-    members = np.rint(moments[0])
-    total = members * squares - 2 * np.einsum("ni,in->n", points_N3, moments[1:4]) + moments[4]
-    return (members > neighbours) & (total <= (members - 1) * limit**2)
+    moments_5HW = np.stack([known_HW.astype(np.float64), *points_3HW, squares_HW])
+    for axis in (1, 2):
+        moments_5HW = ndimage.uniform_filter1d(moments_5HW, side, axis, mode="constant")
+    moments_5HW *= side * side
+    members_HW = np.rint(moments_5HW[0])
+    total_HW = members_HW * squares_HW - 2 * (points_3HW * moments_5HW[1:4]).sum(0) + moments_5HW[4]
+    return ((members_HW > neighbours) & (total_HW <= (members_HW - 1) * limit**2))[known_HW]
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:

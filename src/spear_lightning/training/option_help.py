@@ -8,6 +8,7 @@ from importlib import import_module
 EXPLAINED = {
     "--model.init_args": "spear_lightning.training.VLAModule",
     "--model.init_args.recipe.init_args": "spear_lightning.training.OptimizerRecipe",
+    "--model.init_args.recipe.init_args (Muon)": "spear_lightning.training.MuonRecipe",
     "--model.init_args.policy.init_args": "spear_lightning.policy.Policy",
     "--model...policy...prompt.init_args": "spear_lightning.models.PromptTokenizer",
     "--model...policy...normalizer.init_args": "spear_lightning.policy.ActionNormalizer",

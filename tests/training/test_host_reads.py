@@ -29,8 +29,11 @@ def write_episodes(root: Path) -> list[str]:
         f"--data.index_folder={root / 'indexes'}",
         f"--model.augmentation={AUGMENTATION}",
         "--model.flow_samples=2",
-        "--model.policy.vla.vlm.packed=true",
     ]
+
+
+def write_packed(root: Path) -> list[str]:
+    return [*write_episodes(root), "--model.policy.vla.vlm.packed=true"]
 
 
 def write_labels(root: Path) -> list[str]:
@@ -46,8 +49,9 @@ def write_pictures(root: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "write", "on_the_host"),
     [
+        pytest.param("vla", write_episodes, 0, id="vla"),
         # The tokens of the prompts, counted in CPU memory.
-        pytest.param("vla", write_episodes, 1, id="vla"),
+        pytest.param("vla", write_packed, 1, id="packed vla"),
         pytest.param("vlm", write_labels, 0, id="vlm"),
         # The number of tokens, drawn in CPU memory.
         pytest.param("geometry", write_pictures, 1, id="geometry"),

@@ -6,8 +6,9 @@ transformers takes seconds.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from spear_lightning.late_imports import late_imports
 
 if TYPE_CHECKING:
     from spear_lightning.models.action_expert import ActionExpert
@@ -62,11 +63,7 @@ __all__ = [
     "VisionEncoder",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = late_imports(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

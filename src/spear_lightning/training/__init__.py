@@ -5,8 +5,9 @@ Classes are imported when they are first asked for: the command line must answer
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from spear_lightning.late_imports import late_imports
 
 if TYPE_CHECKING:
     from spear_lightning.training.activation_checkpointing import ActivationCheckpointing
@@ -99,11 +100,7 @@ __all__ = [
     "ValidationPictures",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = late_imports(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -221,3 +221,22 @@ class GeometryBatch(TensorBatch):
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+
+@dataclass
+class NamedPatchBatch(TensorBatch):
+    """Pictures with what each of their patches shows.
+
+    Attributes:
+        images: uint8 RGB (B, 3, H, W).
+        names: int64 (B, N), patches row by row: 0 where no object is, a name's number from 1 on, `IGNORED` where
+            it is not known.
+        position: int64 (B,), the sample's position in the global sample stream (its identity).
+    """
+
+    images: Tensor
+    names: Tensor
+    position: Tensor
+
+    def __len__(self) -> int:
+        return self.images.shape[0]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from spear_lightning.errors import CheckpointError, DataError
-from spear_lightning.labeling.depth_picture_loader import PicturesInOrder, PictureStream, ShuffledPictures
+from spear_lightning.labeling.depth_picture_order import ShuffledPictures
 from spear_lightning.labeling.depth_pictures import DepthPictures, write_shard
+from spear_lightning.labeling.picture_stream import PicturesInOrder, PictureStream
 
 
 @pytest.fixture

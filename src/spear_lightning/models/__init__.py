@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         SiglipEncoder,
         VisionEncoder,
     )
+    from spear_lightning.models.encoders.patch_namer import PatchNamer
     from spear_lightning.models.gemma_shape import GemmaShape
     from spear_lightning.models.moge import MogeV1, MogeV2
     from spear_lightning.models.prompt import PromptTokenizer
@@ -37,6 +38,7 @@ _HOMES = {
     "MogeEncoder": "encoders",
     "MogeV1": "moge",
     "MogeV2": "moge",
+    "PatchNamer": "encoders.patch_namer",
     "Prefix": "spear_vla",
     "PromptTokenizer": "prompt",
     "SiglipEncoder": "encoders",
@@ -55,6 +57,7 @@ __all__ = [
     "MogeEncoder",
     "MogeV1",
     "MogeV2",
+    "PatchNamer",
     "Prefix",
     "PromptTokenizer",
     "SiglipEncoder",

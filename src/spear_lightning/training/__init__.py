@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from spear_lightning.training.mirror_augmentation import MirrorAugmentation
     from spear_lightning.training.muon import MuonRecipe
     from spear_lightning.training.optimizer import OptimizerRecipe
+    from spear_lightning.training.patch_naming_data_module import PatchNamingDataModule
+    from spear_lightning.training.patch_naming_module import PatchNamingModule
     from spear_lightning.training.preemption import StopOnSignal
     from spear_lightning.training.regional_compile import RegionalCompile
     from spear_lightning.training.robot_data_module import RobotDataModule
@@ -57,6 +59,8 @@ _HOMES = {
     "MirrorAugmentation": "mirror_augmentation",
     "MuonRecipe": "muon",
     "OptimizerRecipe": "optimizer",
+    "PatchNamingDataModule": "patch_naming_data_module",
+    "PatchNamingModule": "patch_naming_module",
     "Phase": "freeze_schedule",
     "RegionalCompile": "regional_compile",
     "RobotDataModule": "robot_data_module",
@@ -88,6 +92,8 @@ __all__ = [
     "MirrorAugmentation",
     "MuonRecipe",
     "OptimizerRecipe",
+    "PatchNamingDataModule",
+    "PatchNamingModule",
     "Phase",
     "RegionalCompile",
     "RobotDataModule",

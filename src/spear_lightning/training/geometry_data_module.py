@@ -6,9 +6,11 @@ from pathlib import Path
 
 import lightning as L
 
+from spear_lightning.batches import GeometryBatch
 from spear_lightning.errors import ConfigError
-from spear_lightning.labeling.depth_picture_loader import PicturesInOrder, PictureStream, ShuffledPictures
+from spear_lightning.labeling.depth_picture_order import ShuffledPictures
 from spear_lightning.labeling.depth_pictures import DepthPictures
+from spear_lightning.labeling.picture_stream import PicturesInOrder, PictureStream
 from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
 
 
@@ -72,7 +74,7 @@ class GeometryDataModule(L.LightningDataModule):
     def _world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def train_dataloader(self) -> PictureStream:
+    def train_dataloader(self) -> PictureStream[GeometryBatch]:
         """Return the loader of the endless training stream."""
         store, (rank, world_size) = self.open_store(), self._world
         count = len(store) - self.validation_samples
@@ -87,7 +89,7 @@ class GeometryDataModule(L.LightningDataModule):
             data=f"{store.fingerprint}-{count}-{self.seed}",
         )
 
-    def val_dataloader(self) -> PicturesInOrder:
+    def val_dataloader(self) -> PicturesInOrder[GeometryBatch]:
         """Return the loader of the held-out pictures of this process."""
         store, (rank, world_size) = self.open_store(), self._world
         first = len(store) - self.validation_samples

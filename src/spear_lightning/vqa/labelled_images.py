@@ -101,6 +101,7 @@ class LabelMixture:
         weighting: "per_frame" (weight times images) or "share" (weight alone).
         holdout: Share of each store's images held out for validation.
         seed: Of the shuffling and of the choice of held-out images.
+        masks: Whether labels come with the objects' masks, which most questions do not need.
 
     Attributes:
         training: Per store, the images trained on.
@@ -118,9 +119,10 @@ class LabelMixture:
         weighting: Weighting = "per_frame",
         holdout: float = 0.02,
         seed: int = 0,
+        masks: bool = False,
     ) -> None:
         self.seed = seed
-        parts = [split_labels(LabelStore(Path(folder)), holdout, seed) for folder in folders]
+        parts = [split_labels(LabelStore(Path(folder), masks), holdout, seed) for folder in folders]
         self.training = [kept for kept, _ in parts]
         self.held_out = [held for _, held in parts]
         sizes = {folder: len(kept) for folder, kept in zip(folders, self.training, strict=True)}

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.errors import ConfigError
 from spear_lightning.models.encoders.base import VisionEncoder
+from spear_lightning.models.encoders.weight_files import load_exactly, read_state_dict
 
 _STRIDE = 2
 _FREQUENCIES = 8
@@ -31,7 +32,8 @@ class ConvolutionalEncoder(VisionEncoder):
         depth: Transformer blocks.
         heads: Attention heads.
         mlp_width: Channels inside the MLP.
-        weights: Must be `None`: there are no published weights.
+        weights: A file or folder that `PatchNamingModule` wrote (there are no published weights); `None` keeps the
+            random ones.
     """
 
     def __init__(
@@ -83,18 +85,10 @@ class ConvolutionalEncoder(VisionEncoder):
         return self.norm(tokens_BND)
 
     def load_pretrained(self) -> None:
-        """Do nothing: there are no published weights.
-
-        Raises:
-            CheckpointError: If `weights` names some all the same.
-        """
+        """Load `weights`; see `VisionEncoder.load_pretrained`."""
         if self.weights is not None:
-            raise CheckpointError(
-                "There are no published weights of the convolutional encoder",
-                where="encoders.NAME.init_args.weights",
-                found=self.weights,
-                remedy="leave it null; to start from a trained model use --model.init_from",
-            )
+            state, where = read_state_dict(self.weights, ("model.safetensors",))
+            load_exactly(self, state, where)
 
 
 class ResidualBlock(nn.Module):

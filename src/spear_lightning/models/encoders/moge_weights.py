@@ -8,7 +8,6 @@ other.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from spear_lightning.errors import CheckpointError
-from spear_lightning.models.encoders.weight_files import read_state_dict
+from spear_lightning.models.encoders.weight_files import read_state_dict, write_weights
 
 MOGE_FILES = ("model.pt", "model.safetensors")
 """Names of MoGe's files in a folder or on the hub, in the order they are looked for."""
@@ -114,18 +113,7 @@ def write_moge(path: str | Path, state: Mapping[str, Tensor], config: Mapping[st
     Returns:
         The file.
     """
-    from safetensors.torch import save_file
-
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}
-    try:
-        save_file(tensors, unfinished, metadata={CONFIG_ENTRY: json.dumps(dict(config))})
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return target
+    return write_weights(path, state, {CONFIG_ENTRY: json.dumps(dict(config))})
 
 
 def _config_in_header(where: str) -> Any:

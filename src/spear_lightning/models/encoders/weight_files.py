@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -93,6 +94,31 @@ def load_exactly(
             remedy="set the model's sizes to those of the weights, or name other weights",
         )
     module.load_state_dict(dict(state), strict=False)
+
+
+def write_weights(path: str | Path, state: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all.
+
+    Args:
+        path: A file name that ends in .safetensors; folders are made.
+        state: Name -> tensor.
+        metadata: For the file's header.
+
+    Returns:
+        The file.
+    """
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return target
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -1,51 +1,26 @@
-"""Batches of pictures with depth: an endless shuffled stream for training, and all held-out ones in order."""
+"""Batches of pictures for networks that are trained on pictures alone: an endless stream, and passes in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from spear_lightning.batches import GeometryBatch
 from spear_lightning.errors import CheckpointError
-from spear_lightning.labeling.depth_pictures import DepthPictures
-from spear_lightning.robot_data.permutation import permute_each
+from spear_lightning.robot_data.device_copies import Batch
 from spear_lightning.robot_data.resumable_stream import ResumableStream, StreamBatches
 from spear_lightning.robot_data.worker_processes import WorkerLoader
 
-
-class ShuffledPictures(Dataset[GeometryBatch]):
-    """The first pictures of a store, in another order in every epoch; its items are whole batches.
-
-    Args:
-        pictures: The store.
-        count: How many of its pictures are trained on: the first ones, so that no scene is on both sides.
-        seed: Of the order.
-    """
-
-    def __init__(self, pictures: DepthPictures, count: int, seed: int) -> None:
-        self.pictures, self.count, self.seed = pictures, count, seed
-
-    def __getitem__(self, places: list[int]) -> GeometryBatch:
-        """Return the pictures at places of the endless stream."""
-        epochs, index = np.divmod(np.asarray(places, np.int64), self.count)
-        unique, which = np.unique(epochs, return_inverse=True)
-        keys = [self.seed * 1_000_003 + int(epoch) for epoch in unique]
-        return self.pictures.read(permute_each(index, self.count, keys, which), places)
-
-    def __getitems__(self, places: list[int]) -> GeometryBatch:
-        """Do the same: torch's loader asks so for batches."""
-        return self[places]
+Read = TypeVar("Read", covariant=True)
 
 
-class PictureStream(ResumableStream[GeometryBatch]):
+class PictureStream(ResumableStream[Batch]):
     """Iterates over epochs of a fixed number of batches; continues exactly where its state says.
 
     Args:
-        dataset: Reads batches.
+        dataset: Reads batches: its items are those of lists of places in the endless stream.
         batch_size: Samples per process and step.
         epoch_batches: Batches after which an epoch ends.
         rank: This process.
@@ -58,7 +33,7 @@ class PictureStream(ResumableStream[GeometryBatch]):
 
     def __init__(
         self,
-        dataset: ShuffledPictures,
+        dataset: Dataset[Batch],
         batch_size: int,
         epoch_batches: int,
         rank: int = 0,
@@ -71,7 +46,7 @@ class PictureStream(ResumableStream[GeometryBatch]):
         self.dataset = dataset
         self._num_workers = num_workers
 
-    def open_at(self, places: StreamBatches) -> Iterable[GeometryBatch]:
+    def open_at(self, places: StreamBatches) -> Iterable[Batch]:
         """Return what reads the batches of some places, in order and without end."""
         return WorkerLoader(self.dataset, places, self._num_workers, pin_memory=self._device is not None)
 
@@ -93,23 +68,31 @@ class PictureStream(ResumableStream[GeometryBatch]):
             )
 
 
-class PicturesInOrder:
-    """Iterates over some pictures of a store; the last batch may be smaller.
+class ReadsPictures(Protocol[Read]):
+    """Reads the batch of some pictures."""
+
+    def read(self, indices: Sequence[int]) -> Read:
+        """Return pictures by their numbers."""
+        ...
+
+
+class PicturesInOrder(Generic[Read]):
+    """Iterates over some pictures; the last batch may be smaller.
 
     Args:
-        pictures: The store.
+        pictures: What reads them.
         numbers: Which pictures.
         batch_size: Samples per batch.
     """
 
-    def __init__(self, pictures: DepthPictures, numbers: range, batch_size: int) -> None:
+    def __init__(self, pictures: ReadsPictures[Read], numbers: range, batch_size: int) -> None:
         self.pictures, self.numbers, self.batch_size = pictures, numbers, batch_size
 
     def __len__(self) -> int:
         """Return the number of batches."""
         return -(-len(self.numbers) // self.batch_size)
 
-    def __iter__(self) -> Iterator[GeometryBatch]:
+    def __iter__(self) -> Iterator[Read]:
         """Yield the batches."""
         for start in range(0, len(self.numbers), self.batch_size):
             yield self.pictures.read(self.numbers[start : start + self.batch_size])

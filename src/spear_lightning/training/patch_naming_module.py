@@ -1,0 +1,168 @@
+"""Training of an encoder to name what its patches show, before a VLM reads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from spear_lightning.batches import IGNORED, NamedPatchBatch
+from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.models import PatchNamer
+from spear_lightning.models.encoders.weight_files import load_exactly, read_state_dict
+from spear_lightning.policy.checkpoint import SCHEMA
+from spear_lightning.training.base_module import SpearModule
+from spear_lightning.training.image_augmentation import ImageAugmentation
+from spear_lightning.training.optimizer import OptimizerRecipe
+from spear_lightning.training.patch_naming_data_module import PatchNamingDataModule
+from spear_lightning.training.random_streams import AUGMENT, generator_at
+
+log = logging.getLogger(__name__)
+
+WEIGHTS_FILE = Path("encoder") / "model.safetensors"
+"""Where, in the folder of the run, the encoder is exported to."""
+
+
+class PatchNamingModule(SpearModule):
+    """LightningModule that trains a `PatchNamer` by cross entropy; half of the pictures are flipped.
+
+    Logged: `train/loss`, `val/loss`, and `val/patch_accuracy`, the share of the held-out patches with a known name
+    that get it. After every validation the encoder, with averaged weights where there are any, is written to
+    `RUN/encoder/model.safetensors`, for `weights` of the encoder in a VLM or VLA.
+
+    Args:
+        namer: Encoder and head.
+        recipe: Optimizer and learning-rate schedule.
+        nothing_weight: Weight in the loss of patches in which no object is.
+        seed: Seed of the flips and the changes of colour.
+        init_from: The encoder's weights to start from, as this module writes them.
+        augmentation: Changes colours in training; its `crop` must be 1, since names are those of fixed patches.
+    """
+
+    def __init__(
+        self,
+        namer: PatchNamer,
+        recipe: OptimizerRecipe,
+        nothing_weight: float = 0.2,
+        seed: int = 0,
+        init_from: str | None = None,
+        augmentation: ImageAugmentation | None = None,
+    ) -> None:
+        super().__init__(recipe, seed, init_from)
+        if augmentation is not None and augmentation.crop != 1:
+            raise ConfigError(
+                "A crop would move the patches",
+                where="model.augmentation.crop",
+                found=augmentation.crop,
+                expected=1,
+            )
+        if nothing_weight < 0:
+            raise ConfigError(
+                "A weight is negative", where="model.nothing_weight", found=nothing_weight, expected=">= 0"
+            )
+        self.namer = namer
+        self.nothing_weight = nothing_weight
+        self.augmentation = augmentation
+        self.names: list[str] = []
+        self._config: dict[str, Any] = {}
+
+    @property
+    def components(self) -> nn.Module:
+        """The network: `encoder` and `head`."""
+        return self.namer
+
+    def unused_parameters(self) -> list[str]:
+        """Names of parameters that the loss never reaches."""
+        return [f"encoder.{name}" for name in self.namer.encoder.unused_parameters()]
+
+    def set_configuration(self, config: Mapping[str, Any]) -> None:
+        """Keep the network's part of the configuration."""
+        self._config = dict(config["init_args"]["namer"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the checkpoint's description of the network."""
+        return {"schema": SCHEMA, "namer": self._config, "names": self.names}
+
+    def load_initial_weights(self) -> None:
+        """Load the encoder's weights from `init_from`, or those that it names."""
+        if self.init_from is None:
+            self.namer.encoder.load_pretrained()
+        else:
+            load_exactly(self.namer.encoder, *read_state_dict(self.init_from, (WEIGHTS_FILE.name,)))
+
+    def setup(self, stage: str) -> None:
+        """Ask the data for the names."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, PatchNamingDataModule):
+            self.names = data.find_names(self.namer.names)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another configuration, and other names.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit.
+        """
+        super().on_load_checkpoint(checkpoint)
+        saved = checkpoint["spear"]["names"]
+        if self.names and self.names != saved:
+            raise CheckpointError(
+                "The data has other names than the model was trained on",
+                where="--ckpt_path",
+                found=sorted(set(saved) ^ set(self.names))[:10],
+                expected=f"the {len(saved)} names of the checkpoint",
+            )
+        self.names = saved
+
+    def training_step(self, batch: NamedPatchBatch, batch_index: int) -> Tensor:
+        """Return the loss of one batch."""
+        step = self.trainer.fit_loop.total_batch_idx
+        batch = self._augmented(batch, generator_at(self.seed, AUGMENT, step, self.global_rank, self.device))
+        loss = self._loss(self.namer(batch.images), batch.names)
+        self.log("train/loss", loss.detach(), batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: NamedPatchBatch, batch_index: int) -> None:
+        """Log the loss and the errors of one batch."""
+        logits_BNK = self.namer(batch.images)
+        loss = self._loss(logits_BNK, batch.names)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch), sync_dist=True)
+        named_BN = batch.names > 0
+        right_BN = named_BN & (logits_BNK.argmax(-1) == batch.names)
+        # Weighted by patches: means of batches are then the mean of all patches.
+        count = int(named_BN.sum())
+        share = right_BN.sum() / named_BN.sum().clamp(min=1)
+        self.log("val/patch_accuracy", share, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def test_step(self, batch: NamedPatchBatch, batch_index: int) -> None:
+        """Do what validation does."""
+        self.validation_step(batch, batch_index)
+
+    def on_validation_epoch_end(self) -> None:
+        """Export the encoder as it was validated."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        if fitting and self.trainer.is_global_zero:
+            self.namer.save_encoder(Path(self.trainer.default_root_dir) / WEIGHTS_FILE)
+
+    def _loss(self, logits_BNK: Tensor, names_BN: Tensor) -> Tensor:
+        weight_K = logits_BNK.new_ones(logits_BNK.shape[-1], dtype=torch.float32)
+        weight_K[0] = self.nothing_weight
+        logits_TK = logits_BNK.flatten(0, 1).float()
+        return F.cross_entropy(logits_TK, names_BN.flatten(), weight=weight_K, ignore_index=IGNORED)
+
+    def _augmented(self, batch: NamedPatchBatch, generator: torch.Generator) -> NamedPatchBatch:
+        flip_B = torch.rand(len(batch), generator=generator, device=self.device) < 0.5
+        images = torch.where(flip_B[:, None, None, None], batch.images.flip(-1), batch.images)
+        grid = self.namer.encoder.grid(*batch.images.shape[-2:])
+        mirrored_BN = batch.names.unflatten(1, grid).flip(-1).flatten(1)
+        names = torch.where(flip_B[:, None], mirrored_BN, batch.names)
+        if self.augmentation is not None:
+            images = self.augmentation.images(images, generator)
+        return replace(batch, images=images, names=names)

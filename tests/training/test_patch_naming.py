@@ -1,0 +1,133 @@
+"""An encoder learns names through the real command line, and goes where a VLM expects its weights."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from spear_lightning import cli
+from spear_lightning.batches import NamedPatchBatch
+from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.models import ConvolutionalEncoder, GemmaShape, PatchNamer, SpearVLM
+from spear_lightning.robot_data.images import CameraSpec
+from spear_lightning.training import (
+    ImageAugmentation,
+    OptimizerRecipe,
+    PatchNamingDataModule,
+    PatchNamingModule,
+)
+from spear_lightning.worlds.tabletop.labelled_images import write_labelled_images
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TWIN = REPOSITORY / "tests" / "conf" / "names.yaml"
+SIZES = yaml.safe_load(TWIN.read_text())["model"]["init_args"]["namer"]["init_args"]["encoder"]["init_args"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_labelled_images(folder / "labels", 60, size=(56, 42), processes=1)
+    return folder
+
+
+def spear(verb: str, root: Path, run: Path, *options: str) -> int:
+    where = [f"--data.root={root}", f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+    return cli.main([verb, f"--config={TWIN}", *where, *options])
+
+
+@pytest.fixture(scope="module")
+def whole_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    assert spear("fit", root, run) == 0
+    return run
+
+
+def logged(run: Path, name: str) -> list[float]:
+    rows = csv.DictReader((run / "csv" / "version_0" / "metrics.csv").open())
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+def test_the_loss_falls(whole_run: Path) -> None:
+    losses = logged(whole_run, "train/loss")
+    assert len(losses) == 80
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert len(logged(whole_run, "val/patch_accuracy")) == 2
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly(root: Path, whole_run: Path, tmp_path: Path) -> None:
+    assert spear("fit", root, tmp_path, "--trainer.max_steps=40", "--model.recipe.total_steps=80") == 0
+    allowed = "--resume_allow=[trainer.max_steps, model.recipe.total_steps]"
+    assert spear("fit", root, tmp_path, "--ckpt_path=last", allowed) == 0
+    ends = [
+        torch.load(run / "checkpoints" / "step_0000080.ckpt", weights_only=True)["state_dict"]
+        for run in (whole_run, tmp_path)
+    ]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_averaged_encoder_goes_where_a_vlm_expects_it(whole_run: Path) -> None:
+    file = whole_run / "encoder" / "model.safetensors"
+    shape = GemmaShape(width=32, mlp_width=48, depth=2, heads=2, kv_heads=1, head_dim=16, vocab_size=260)
+    vlm = SpearVLM(shape, {"pixels": ConvolutionalEncoder(**SIZES, weights=str(file))})
+    vlm.load_pretrained()
+    checkpoint = torch.load(whole_run / "checkpoints" / "step_0000080.ckpt", weights_only=True)
+    for name, value in vlm.encoders["pixels"].state_dict().items():
+        assert torch.equal(value, checkpoint["ema"][f"namer.encoder.{name}"])
+    assert checkpoint["spear"]["names"]
+
+
+def test_weights_of_another_size_are_refused(whole_run: Path) -> None:
+    wrong = ConvolutionalEncoder(**{**SIZES, "depth": 2}, weights=str(whole_run / "encoder"))
+    with pytest.raises(CheckpointError, match="do not fit ConvolutionalEncoder"):
+        wrong.load_pretrained()
+
+
+def test_other_names_than_the_run_s_are_refused(
+    whole_run: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = whole_run / "checkpoints" / "step_0000080.ckpt"
+    assert cli.main(["validate", f"--ckpt_path={checkpoint}"]) == 0
+    assert "val/patch_accuracy" in capsys.readouterr().out
+    stored = torch.load(checkpoint, weights_only=True)
+    module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 8), OptimizerRecipe())
+    module.names = ["unicorn"]
+    with pytest.raises(CheckpointError, match="other names"):
+        module.on_load_checkpoint(stored)
+
+
+def test_a_flipped_picture_has_the_flipped_names() -> None:
+    module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 8), OptimizerRecipe())
+    pictures = torch.arange(42).repeat_interleave(1).expand(64, 3, 28, 42).to(torch.uint8)
+    names = torch.tensor([[1, 2, 3], [4, 5, 6]]).flatten().expand(64, 6)
+    flipped = module._augmented(
+        NamedPatchBatch(pictures, names, torch.arange(64)), torch.Generator().manual_seed(0)
+    )
+    mirrored = flipped.images[:, 0, 0, 0] == 41
+    assert 0.2 < mirrored.float().mean() < 0.8
+    assert (flipped.names[mirrored] == torch.tensor([3, 2, 1, 6, 5, 4])).all()
+    assert (flipped.names[~mirrored] == names[0]).all()
+
+
+def test_what_is_nothing_counts_less_and_what_is_unknown_not_at_all() -> None:
+    module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 2), OptimizerRecipe(), 0.25)
+    logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
+    losses = -logits[0].log_softmax(-1)
+    found = module._loss(logits, torch.tensor([[0, 1, 2, -100]]))
+    expected = (0.25 * losses[0, 0] + losses[1, 1] + losses[2, 2]) / 2.25
+    torch.testing.assert_close(found, expected)
+
+
+def test_wrong_numbers_are_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match="patches"):
+        PatchNamingDataModule(str(root), {"labels": 1.0}, CameraSpec(width=60, height=42))
+    with pytest.raises(ConfigError, match="crop"):
+        PatchNamingModule(
+            PatchNamer(ConvolutionalEncoder(**SIZES)), OptimizerRecipe(), augmentation=ImageAugmentation(crop=0.9)
+        )
+    with pytest.raises(ConfigError, match="names"):
+        PatchNamer(ConvolutionalEncoder(**SIZES), 0)

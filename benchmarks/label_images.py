@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -162,10 +163,11 @@ def write_data(folder: Path, images: int, objects: int, width: int, height: int)
 
 @dataclass
 class Clock:
-    """Notes when images are done."""
+    """Notes when images are done, and how busy the GPU says it was when they were."""
 
     times: list[float] = field(default_factory=list)
     tally: Tally | None = None
+    busy: list[tuple[float, int]] = field(default_factory=list)
 
     def __call__(self, tally: Tally) -> None:
         """Note the time."""
@@ -178,6 +180,21 @@ class Clock:
         done = self.times[1:]
         first, last = int(len(done) * SETTLED), int(len(done) * (1 - SETTLED)) - 1
         return (last - first) / (done[last] - done[first])
+
+    def busy_share(self) -> float | None:
+        """Share of the time, without the ends of the run, in which any kernel ran, by the driver's own counter."""
+        done = self.times[1:]
+        first, last = done[int(len(done) * SETTLED)], done[int(len(done) * (1 - SETTLED)) - 1]
+        seen = [percent for moment, percent in self.busy if first <= moment <= last]
+        return sum(seen) / len(seen) / 100 if seen else None
+
+    def watch(self, stop: threading.Event) -> None:
+        """Note what the driver says until `stop` is set; nothing where its library (nvidia-ml-py) is missing."""
+        while not stop.wait(0.05):
+            try:
+                self.busy.append((time.perf_counter(), torch.cuda.utilization()))
+            except ModuleNotFoundError:
+                return
 
 
 def gpu_work(profile: torch.profiler.profile) -> tuple[float, float]:
@@ -253,8 +270,11 @@ def main() -> None:
         alone = networks_alone(segmenter, geometry, folder, boxes, options.batch)
         a_box = box_milliseconds(folder, boxes, geometry)
 
-        def label(out: str, limit: int | None) -> Clock:
-            clock = Clock()
+        def label(out: str, limit: int | None, watched: bool = False) -> Clock:
+            clock, stop = Clock(), threading.Event()
+            watcher = threading.Thread(target=clock.watch, args=(stop,))
+            if watched:
+                watcher.start()
             LabelingRun(
                 str(folder / out),
                 ImageFolder(str(folder / "images")),
@@ -266,9 +286,12 @@ def main() -> None:
                 decode_threads=options.decode_threads,
                 limit=limit,
             ).run(ALONE, progress=clock, device=device)
+            stop.set()
+            if watched:
+                watcher.join()
             return clock
 
-        clock = label("labels", None)
+        clock = label("labels", None, watched=device.startswith("cuda"))
         busy = None
         if device.startswith("cuda"):
             options.profiled = min(options.images, options.profiled)
@@ -296,10 +319,15 @@ def _report(
     for name, value in rows.items():
         table.add_row(name, f"{value:.2f}", f"{rate / value:.2f}")
     console.print(table)
+    told = clock.busy_share()
+    if told is not None:
+        console.print(
+            f"GPU at work: {told:.1%} of the time, without the run's ends (the driver's counter of kernels)"
+        )
     if busy is not None:
         console.print(
-            f"GPU at work: {busy[0]:.1%} of the time (kernels and copies; {options.profiled} images of a second "
-            "run, without its ends)"
+            f"GPU at work under a profiler, which slows it: {busy[0]:.1%} (kernels and copies; {options.profiled} "
+            "images of a second run, without its ends)"
         )
     console.print(
         f"Boxes: {a_box:.1f} ms of one process an object; at this rate "

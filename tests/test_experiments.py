@@ -21,6 +21,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 # Those of `spear label` are tested with it.
 CHANGES = {
     "tabletop/vlm_no_objects.yaml": ["tabletop/vlm.yaml"],
+    "tabletop/vlm_moge_trained.yaml": ["tabletop/vlm.yaml"],
+    "tabletop/vlm_moge_frozen.yaml": ["tabletop/vlm.yaml"],
     "ablations/no_obj_vlm.yaml": ["vlm_3dvqa.yaml", "vlm_3dvqa_encoders_frozen.yaml"],
     "ablations/no_moge_vlm.yaml": ["vlm_3dvqa.yaml"],
     "ablations/no_moge_vla.yaml": ["vla_oxe.yaml"],
@@ -128,6 +130,24 @@ def test_ablations_mean_what_their_names_say() -> None:
     for network, printed in zip(networks, (vlm, vla), strict=True):
         assert list(network["init_args"]["encoders"]) == ["siglip"]
         assert not [phase for phase in schedule(printed) if "moge" in str(phase)]
+
+
+def test_the_small_moge_is_that_of_its_experiment_and_differs_in_freezing_alone() -> None:
+    geometry = read("tabletop/geometry.yaml")["model"]["init_args"]["moge"]["init_args"]["encoder"]["init_args"]
+    files = ("tabletop/vlm.yaml", "tabletop/vlm_moge_trained.yaml", "tabletop/vlm_moge_frozen.yaml")
+    plain, trained, frozen = (resolved(*files[: count + 1]) for count in range(3))
+    networks = [one["model"]["init_args"]["answerer"]["init_args"]["vlm"]["init_args"] for one in (plain, frozen)]
+    pixels, moge = (networks[1]["encoders"][name] for name in ("pixels", "moge"))
+    assert pixels == networks[0]["encoders"]["pixels"]
+    sizes = {name: moge["init_args"][name] for name in ("hidden_width", "depth", "heads", "image_size")}
+    assert sizes == {name: geometry[name] for name in sizes}
+    # `null` takes the blocks that the weights' own configuration names.
+    assert moge["init_args"]["layers"] is None
+    assert trained["model"] == frozen["model"]
+    callbacks = [one["trainer"]["callbacks"] for one in (trained, frozen)]
+    assert callbacks[0][1:] == callbacks[1][1:]
+    phases = [one[0]["init_args"]["phases"] for one in callbacks]
+    assert [phase["freeze"] for phase in (phases[0][0], phases[1][0])] == [[], ["vlm.encoders.moge"]]
 
 
 def test_vlm_paper_scale_numbers() -> None:

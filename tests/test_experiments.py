@@ -21,6 +21,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 # Those of `spear label` are tested with it.
 CHANGES = {
     "tabletop/vlm_no_objects.yaml": ["tabletop/vlm.yaml"],
+    "tabletop/vlm_float8.yaml": ["tabletop/vlm.yaml"],
     "tabletop/vlm_moge_trained.yaml": ["tabletop/vlm.yaml"],
     "tabletop/vlm_moge_frozen.yaml": ["tabletop/vlm.yaml"],
     "ablations/no_obj_vlm.yaml": ["vlm_3dvqa.yaml", "vlm_3dvqa_encoders_frozen.yaml"],
@@ -148,6 +149,16 @@ def test_the_small_moge_is_that_of_its_experiment_and_differs_in_freezing_alone(
     assert callbacks[0][1:] == callbacks[1][1:]
     phases = [one[0]["init_args"]["phases"] for one in callbacks]
     assert [phase["freeze"] for phase in (phases[0][0], phases[1][0])] == [[], ["vlm.encoders.moge"]]
+
+
+def test_the_8_bit_tabletop_vlm_differs_in_its_products_alone() -> None:
+    plain, small = (resolved("tabletop/vlm.yaml", *more) for more in ([], ["tabletop/vlm_float8.yaml"]))
+    assert plain["model"] == small["model"]
+    callbacks = small["trainer"]["callbacks"]
+    kinds = [callback["class_path"].rsplit(".")[-1] for callback in callbacks]
+    assert kinds.index("Float8Products") < kinds.index("RegionalCompile")
+    assert plain["trainer"]["callbacks"] == [part for part in callbacks if "Float8" not in part["class_path"]]
+    assert small["data"]["init_args"]["validation_batch_size"] % 16 == 0
 
 
 def test_vlm_paper_scale_numbers() -> None:

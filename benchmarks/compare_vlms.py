@@ -91,15 +91,17 @@ def last_values(file: Path) -> dict[str, float]:
     return found
 
 
-def work(tasks: queue.SimpleQueue[tuple[str, int]], gpu: str, options: argparse.Namespace) -> None:
-    """Do runs on one GPU until none is left."""
+def work(
+    tasks: queue.SimpleQueue[tuple[str, int]], gpu: str, options: argparse.Namespace, finished: list[Path]
+) -> None:
+    """Do runs on one GPU until none is left, and add those that succeeded to `finished`."""
     while True:
         try:
             variant, seed = tasks.get_nowait()
         except queue.Empty:
             return
         run = Path(options.out) / f"{variant}_{seed}"
-        run.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True)
         start = time.perf_counter()
         with (run / "log.txt").open("w") as log:
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu}
@@ -113,7 +115,10 @@ def work(tasks: queue.SimpleQueue[tuple[str, int]], gpu: str, options: argparse.
             if trained:
                 # The validation writes its figures under the same name.
                 (run / "csv" / "metrics.csv").rename(run / "training.csv")
-            told = "done" if trained and call(validation(run, options)) else f"failed, see {run}/log.txt"
+            succeeded = trained and call(validation(run, options))
+            if succeeded:
+                finished.append(run)
+            told = "done" if succeeded else f"failed, see {run}/log.txt"
         console.print(f"{variant}, seed {seed}: {told}; training took {spent:.0f} s")
 
 
@@ -133,31 +138,32 @@ def main() -> None:
     for seed in options.seeds:
         for variant in options.variants:
             tasks.put((variant, seed))
-    threads = [threading.Thread(target=work, args=(tasks, gpu, options)) for gpu in options.gpus]
+    there = [name for name in CHANGES for seed in options.seeds if (Path(options.out) / f"{name}_{seed}").exists()]
+    if set(there) & set(options.variants):
+        parser.error(f"{options.out} holds runs of {sorted(set(there))}: choose another --out")
+    finished: list[Path] = []
+    threads = [threading.Thread(target=work, args=(tasks, gpu, options, finished)) for gpu in options.gpus]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    report(options)
+    report(options, finished)
+    sys.exit(len(finished) < len(options.seeds) * len(options.variants))
 
 
-def report(options: argparse.Namespace) -> None:
+def report(options: argparse.Namespace, finished: list[Path]) -> None:
     """Print mean and standard deviation over seeds, and the reference."""
     table = Table(title=f"{options.steps} steps, seeds {options.seeds}: mean ± standard deviation")
     for column in ("", "runs", *MEASURES, "samples/s"):
         table.add_column(column)
     reference: dict[str, float] = {}
     for variant in options.variants:
-        runs = [Path(options.out) / f"{variant}_{seed}" for seed in options.seeds]
-        finished = [
-            last_values(run / "training.csv") | last_values(run / "csv" / "metrics.csv")
-            for run in runs
-            if (run / "training.csv").exists() and (run / "csv" / "metrics.csv").exists()
-        ]
-        reference = next((one for one in finished), reference)
+        runs = [run for run in finished if run.name.rpartition("_")[0] == variant]
+        values = [last_values(run / "training.csv") | last_values(run / "csv" / "metrics.csv") for run in runs]
+        reference = next(iter(values), reference)
         keys = [*(f"val/{name}" for name in MEASURES), "speed/samples_per_second"]
         table.add_row(
-            variant, str(len(finished)), *(spread([one[key] for one in finished if key in one]) for key in keys)
+            variant, str(len(runs)), *(spread([one[key] for one in values if key in one]) for key in keys)
         )
     mean = [f"{reference[f'baseline/{name}']:.4f}" if f"baseline/{name}" in reference else "" for name in MEASURES]
     table.add_row("the mean answer", "", *mean, "")

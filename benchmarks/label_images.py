@@ -272,10 +272,10 @@ def main() -> None:
 
         def label(out: str, limit: int | None, watched: bool = False) -> Clock:
             clock, stop = Clock(), threading.Event()
-            watcher = threading.Thread(target=clock.watch, args=(stop,))
+            watcher = threading.Thread(target=clock.watch, args=(stop,), daemon=True)
             if watched:
                 watcher.start()
-            LabelingRun(
+            run = LabelingRun(
                 str(folder / out),
                 ImageFolder(str(folder / "images")),
                 boxes,
@@ -285,10 +285,11 @@ def main() -> None:
                 box_processes=options.box_processes,
                 decode_threads=options.decode_threads,
                 limit=limit,
-            ).run(ALONE, progress=clock, device=device)
-            stop.set()
-            if watched:
-                watcher.join()
+            )
+            try:
+                run.run(ALONE, progress=clock, device=device)
+            finally:
+                stop.set()
             return clock
 
         clock = label("labels", None, watched=device.startswith("cuda"))

@@ -103,7 +103,7 @@ def open_training(labels: Path) -> dataset.VqaDataset:
         mixture,
         TaskMixture(data["tasks"], data["max_pairs"]),
         CoordinateTokens.fit(mixture.labels(1000), data["scale"], bins),
-        TextLayout(prompt.vocabulary, bins, data["max_length"]),
+        TextLayout(prompt.vocabulary, bins, data["max_length"], data["one_length"]),
         CameraSpec(**data["cameras"]["primary"]),
         augment.ViewRecipe(**data["views"]),
         data["batch_size"],

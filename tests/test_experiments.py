@@ -16,6 +16,7 @@ from spear_lightning import cli
 from spear_lightning.policy import Answerer, build_policy
 from spear_lightning.policy.checkpoint import build
 from spear_lightning.training.freeze_plan import FreezePlan, Phase
+from spear_lightning.training.patch_naming_module import WEIGHTS_FILE
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments"
 # Those of `spear label` are tested with it.
@@ -149,6 +150,20 @@ def test_the_small_moge_is_that_of_its_experiment_and_differs_in_freezing_alone(
     assert callbacks[0][1:] == callbacks[1][1:]
     phases = [one[0]["init_args"]["phases"] for one in callbacks]
     assert [phase["freeze"] for phase in (phases[0][0], phases[1][0])] == [[], ["vlm.encoders.moge"]]
+
+
+def test_the_encoder_that_learns_names_is_that_of_the_vlm_and_sees_none_of_its_held_out_pictures() -> None:
+    names, vlm = resolved("tabletop/names.yaml"), resolved("tabletop/vlm.yaml")
+    own = names["model"]["init_args"]["namer"]["init_args"]["encoder"]
+    network = vlm["model"]["init_args"]["answerer"]["init_args"]["vlm"]["init_args"]
+    other = network["encoders"]["pixels"]
+    assert own["class_path"] == other["class_path"]
+    assert {**own["init_args"], "weights": None} == {**other["init_args"], "weights": None}
+    assert other["init_args"]["weights"] == str(Path(names["trainer"]["default_root_dir"]) / WEIGHTS_FILE)
+    data = [one["data"]["init_args"] for one in (names, vlm)]
+    for key in ("labels", "holdout", "seed"):
+        assert data[0][key] == data[1][key]
+    assert data[0]["camera"] == data[1]["cameras"]["primary"]
 
 
 def test_the_8_bit_tabletop_vlm_differs_in_its_products_alone() -> None:

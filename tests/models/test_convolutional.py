@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,11 +51,11 @@ def test_place_features_are_of_the_relative_place() -> None:
     torch.testing.assert_close(features[1, 2], finer[4, 7], atol=1e-4, rtol=0)
 
 
-def test_weights_and_sizes_that_cannot_be() -> None:
+def test_weights_and_sizes_that_cannot_be(tmp_path: Path) -> None:
     model = encoder()
     model.load_pretrained()
-    model.weights = "nowhere/model.safetensors"
-    with pytest.raises(CheckpointError, match=r"no such weights|cannot be fetched"):
+    model.weights = str(tmp_path / "gone.safetensors")
+    with pytest.raises(CheckpointError, match="no such weights"):
         model.load_pretrained()
     with pytest.raises(ConfigError, match="heads"):
         ConvolutionalEncoder(width=30, heads=4)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 
 from spear_lightning import cli
-from spear_lightning.batches import NamedPatchBatch
+from spear_lightning.batches import IGNORED, NamedPatchBatch
 from spear_lightning.errors import CheckpointError, ConfigError
+from spear_lightning.labeling.picture_stream import PicturesInOrder
 from spear_lightning.models import ConvolutionalEncoder, GemmaShape, PatchNamer, SpearVLM
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.training import (
@@ -102,7 +105,7 @@ def test_other_names_than_the_run_s_are_refused(
 
 def test_a_flipped_picture_has_the_flipped_names() -> None:
     module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 8), OptimizerRecipe())
-    pictures = torch.arange(42).repeat_interleave(1).expand(64, 3, 28, 42).to(torch.uint8)
+    pictures = torch.arange(42).expand(64, 3, 28, 42).to(torch.uint8)
     names = torch.tensor([[1, 2, 3], [4, 5, 6]]).flatten().expand(64, 6)
     flipped = module._augmented(
         NamedPatchBatch(pictures, names, torch.arange(64)), torch.Generator().manual_seed(0)
@@ -117,14 +120,75 @@ def test_what_is_nothing_counts_less_and_what_is_unknown_not_at_all() -> None:
     module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 2), OptimizerRecipe(), 0.25)
     logits = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(0))
     losses = -logits[0].log_softmax(-1)
-    found = module._loss(logits, torch.tensor([[0, 1, 2, -100]]))
+    found, weight = module._loss(logits, torch.tensor([[0, 1, 2, IGNORED]]))
     expected = (0.25 * losses[0, 0] + losses[1, 1] + losses[2, 2]) / 2.25
     torch.testing.assert_close(found, expected)
+    assert weight.item() == 2.25
+    reference = F.cross_entropy(logits[0], torch.tensor([0, 1, 2, IGNORED]), torch.tensor([0.25, 1.0, 1.0]))
+    torch.testing.assert_close(found, reference)
+
+
+@pytest.mark.parametrize(("weight", "name"), [(0.25, IGNORED), (0.0, 0)])
+def test_a_batch_that_teaches_nothing_changes_nothing(weight: float, name: int) -> None:
+    module = PatchNamingModule(PatchNamer(ConvolutionalEncoder(**SIZES), 2), OptimizerRecipe(), weight)
+    logits = torch.randn(1, 4, 3, requires_grad=True)
+    loss, _ = module._loss(logits, torch.full((1, 4), name))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None
+    assert not logits.grad.any()
+
+
+def test_a_warm_start_takes_the_encoder_from_a_checkpoint_or_a_file(whole_run: Path) -> None:
+    checkpoint = whole_run / "checkpoints" / "step_0000080.ckpt"
+    encoders = []
+    for start in (checkpoint, whole_run / "encoder" / "model.safetensors"):
+        namer = PatchNamer(ConvolutionalEncoder(**SIZES), 8)
+        PatchNamingModule(namer, OptimizerRecipe(), init_from=str(start)).load_initial_weights()
+        encoders.append(namer.encoder.state_dict())
+    assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
+
+
+def test_every_process_has_as_many_held_out_pictures(root: Path) -> None:
+    data = PatchNamingDataModule(str(root), {"labels": 1.0}, CameraSpec(width=56, height=42), holdout=0.3)
+    data.prepare(8, 14)
+    places = []
+    for rank in range(3):
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            global_rank=rank, world_size=3, strategy=SimpleNamespace(root_device=torch.device("cpu"))
+        )
+        loader = data.val_dataloader()
+        assert isinstance(loader, PicturesInOrder)
+        places.append([int(place) for batch in loader for place in batch.position])
+    assert len({len(own) for own in places}) == 1
+    assert len(set().union(*places)) == 3 * len(places[0])
+    assert 3 * len(places[0]) > data.held_out_images() - 3
+
+
+def test_worker_processes_read_the_same_batches(root: Path) -> None:
+    def first(workers: int) -> NamedPatchBatch:
+        data = PatchNamingDataModule(
+            str(root), {"labels": 1.0}, CameraSpec(width=56, height=42), batch_size=8, num_workers=workers
+        )
+        data.prepare(8, 14)
+        return next(iter(data.train_dataloader()))
+
+    one, other = first(0), first(2)
+    assert torch.equal(one.images, other.images)
+    assert torch.equal(one.names, other.names)
+
+
+def test_a_run_that_would_leave_no_encoder_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert spear("fit", root, tmp_path, "--data.holdout=0") != 0
+    assert "data.holdout" in capsys.readouterr().err
 
 
 def test_wrong_numbers_are_refused(root: Path) -> None:
-    with pytest.raises(ConfigError, match="patches"):
-        PatchNamingDataModule(str(root), {"labels": 1.0}, CameraSpec(width=60, height=42))
+    data = PatchNamingDataModule(str(root), {"labels": 1.0}, CameraSpec(width=56, height=42))
+    with pytest.raises(ConfigError, match="prepare"):
+        data.train_dataloader()
     with pytest.raises(ConfigError, match="crop"):
         PatchNamingModule(
             PatchNamer(ConvolutionalEncoder(**SIZES)), OptimizerRecipe(), augmentation=ImageAugmentation(crop=0.9)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spear_lightning.batches import IGNORED
+from spear_lightning.errors import DataError
 from spear_lightning.labeling.demo_labels import demo_label
 from spear_lightning.labeling.records import ImageLabel
 from spear_lightning.labeling.run_lengths import decode_mask, encode_mask
@@ -101,10 +102,23 @@ def test_batches_hold_the_pictures_at_their_places(demo_folder: Path) -> None:
     assert batch.names.shape == (2, 12)
 
 
+def test_of_a_broken_picture_nothing_is_known(
+    demo_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LabelStore(demo_folder, masks=True)
+    images, _ = split_labels(store, 0.0, 0)
+    monkeypatch.setattr(LabelStore, "_bytes", lambda self, place: b"no picture")
+    finder = EvenSamples([len(images)], len(images))
+    batch = NamedPatches([images], finder, ["mug"], CameraSpec(width=56, height=42), 14).read([0, 1])
+    assert (batch.names == IGNORED).all()
+    assert not batch.images.any()
+    assert len(caplog.records) == 1
+
+
 def test_labels_without_masks_are_not_taken_for_empty() -> None:
     label, _ = demo_label(0, 42, 56)
     bare = replace(label, objects=tuple(replace(item, mask=np.zeros(0, np.int64)) for item in label.objects))
-    with pytest.raises(Exception, match="run lengths"):
+    with pytest.raises(DataError, match="run lengths"):
         patch_names(bare, {}, CameraSpec(width=56, height=42), PATCH)
     whole = encode_mask(np.ones((42, 56), bool))
     full = replace(label, objects=(replace(label.objects[0], mask=whole),))

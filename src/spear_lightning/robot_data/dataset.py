@@ -13,7 +13,7 @@ from torch import Tensor
 from spear_lightning.batches import STATE_WIDTH, RobotBatch
 from spear_lightning.errors import ConfigError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
-from spear_lightning.robot_data.images import BrokenImage, CameraSpec
+from spear_lightning.robot_data.images import BrokenImage, BrokenImages, CameraSpec
 from spear_lightning.robot_data.pictures import EncodedPictures, Pictures
 from spear_lightning.robot_data.sample_source import SampleSource
 
@@ -90,7 +90,7 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
         self._finder = finder
         self._cameras = dict(cameras)
         self._chunks = chunks
-        self.broken_images = 0
+        self._broken = BrokenImages(log, "The camera is masked in this sample")
         there = {camera for source in sources for camera in source.index.cameras}
         wanted = {name: camera.source or name for name, camera in self._cameras.items()}
         unknown = sorted(source for source in wanted.values() if source not in there)
@@ -111,6 +111,11 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
         ]
         for pictures, ready in zip(self._pictures, cached or [], strict=bool(cached)):
             pictures.update(ready)
+
+    @property
+    def broken_images(self) -> int:
+        """Pictures so far in this process that could not be decoded; they are masked."""
+        return self._broken.count
 
     def __getitem__(self, place: int) -> RobotBatch:
         """Return a batch of one."""
@@ -184,12 +189,6 @@ class RobotDataset(torch.utils.data.Dataset[RobotBatch]):
             if pictures is not None and pictures.read_into(frame, episode, out_3HW):
                 return True
         except BrokenImage as error:
-            self._report(error)
+            self._broken.note(error)
         out_3HW.zero_()
         return False
-
-    def _report(self, error: BrokenImage) -> None:
-        """Say the first broken picture of this process aloud, and count the others."""
-        self.broken_images += 1
-        if self.broken_images == 1:
-            log.warning("%s\n  The camera is masked in this sample; further ones are not reported.", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +99,28 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 class BrokenImage(DataError):
     """A camera frame that cannot be decoded, in a shard that is whole."""
+
+
+class BrokenImages:
+    """Counts the pictures of this process that could not be decoded, and says the first one aloud.
+
+    Args:
+        log: Where to say it.
+        consequence: What happens to such a sample.
+
+    Attributes:
+        count: How many there were so far.
+    """
+
+    def __init__(self, log: logging.Logger, consequence: str) -> None:
+        self._log, self._consequence = log, consequence
+        self.count = 0
+
+    def note(self, error: BrokenImage) -> None:
+        """Count one."""
+        self.count += 1
+        if self.count == 1:
+            self._log.warning("%s\n  %s; further ones are not reported.", error, self._consequence)
 
 
 def _broken(where: object, found: object) -> BrokenImage:

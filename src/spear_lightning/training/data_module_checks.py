@@ -40,6 +40,25 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
+def equal_share(samples: int, rank: int, world_size: int) -> range:
+    """Return which validation samples a process takes: as many as every other, and all where there are fewer.
+
+    Reductions need the same number of batches in all processes; up to `world_size - 1` samples are left out.
+
+    Args:
+        samples: How many there are.
+        rank: This process.
+        world_size: Number of processes.
+    """
+    share = samples // world_size
+    return range(rank * share, (rank + 1) * share) if share else range(samples)
+
+
+def place_of(trainer: L.Trainer | None) -> tuple[int, int]:
+    """Return rank and number of processes."""
+    return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+
+
 def gpu_of(trainer: L.Trainer | None) -> torch.device | None:
     """Return the GPU on which this process trains; `None` if there is none."""
     if trainer is None or trainer.strategy.root_device.type != "cuda":

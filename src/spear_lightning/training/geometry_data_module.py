@@ -11,7 +11,13 @@ from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.depth_picture_order import ShuffledPictures
 from spear_lightning.labeling.depth_pictures import DepthPictures
 from spear_lightning.labeling.picture_stream import PicturesInOrder, PictureStream
-from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import (
+    equal_share,
+    gpu_of,
+    place_of,
+    require_at_least,
+    share_of_batch,
+)
 
 
 class GeometryDataModule(L.LightningDataModule):
@@ -70,13 +76,9 @@ class GeometryDataModule(L.LightningDataModule):
         """Open the store on every process."""
         self.open_store()
 
-    @property
-    def _world(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
     def train_dataloader(self) -> PictureStream[GeometryBatch]:
         """Return the loader of the endless training stream."""
-        store, (rank, world_size) = self.open_store(), self._world
+        store, (rank, world_size) = self.open_store(), place_of(self.trainer)
         count = len(store) - self.validation_samples
         return PictureStream(
             ShuffledPictures(store, count, self.seed),
@@ -91,10 +93,10 @@ class GeometryDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> PicturesInOrder[GeometryBatch]:
         """Return the loader of the held-out pictures of this process."""
-        store, (rank, world_size) = self.open_store(), self._world
+        store, (rank, world_size) = self.open_store(), place_of(self.trainer)
         first = len(store) - self.validation_samples
-        return PicturesInOrder(
-            store, range(first + rank, len(store), world_size), self.batch_size // world_size or 1
-        )
+        own = equal_share(self.validation_samples, rank, world_size)
+        numbers = range(first + own.start, first + own.stop)
+        return PicturesInOrder(store, numbers, self.batch_size // world_size or 1)
 
     test_dataloader = val_dataloader

@@ -13,7 +13,13 @@ from spear_lightning.errors import ConfigError
 from spear_lightning.policy import Answerer
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.robot_data.mixture import Weighting
-from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import (
+    equal_share,
+    gpu_of,
+    place_of,
+    require_at_least,
+    share_of_batch,
+)
 from spear_lightning.vqa.augment import ViewRecipe
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Quantizer, Scale
 from spear_lightning.vqa.labelled_images import LabelMixture
@@ -182,11 +188,9 @@ class LabelledImageDataModule(L.LightningDataModule):
             self.validation_samples,
             next(iter(self.cameras)),
         )
-        # Each process takes an equal number of samples: collective operations need equal batch counts.
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        share = len(places) // world_size
+        rank, world_size = place_of(self.trainer)
         batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
-        own = places[rank * share : (rank + 1) * share] if share else places
+        own = equal_share(len(places), rank, world_size)
         return FiniteVqaLoader(dataset, own, batch_size, self.num_workers, gpu_of(self.trainer))
 
     def test_dataloader(self) -> FiniteVqaLoader | list[FiniteVqaLoader]:

@@ -18,7 +18,13 @@ from spear_lightning.robot_data.mixture import Weighting
 from spear_lightning.robot_data.robot_mixture import RobotMixture
 from spear_lightning.robot_data.sample_source import SampleSource
 from spear_lightning.robot_data.statistics import MixtureStatistics
-from spear_lightning.training.data_module_checks import gpu_of, require_at_least, share_of_batch
+from spear_lightning.training.data_module_checks import (
+    equal_share,
+    gpu_of,
+    place_of,
+    require_at_least,
+    share_of_batch,
+)
 
 
 class RobotDataModule(L.LightningDataModule):
@@ -177,10 +183,8 @@ class RobotDataModule(L.LightningDataModule):
             return []
         samples = EvenSamples(sizes, self.validation_samples)
         dataset = self._dataset(mixture.held_out, samples)
-        # Each process takes an equal number of samples: collective operations need equal batch counts.
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        share = len(samples) // world_size
-        places = range(rank * share, (rank + 1) * share) if share else range(len(samples))
+        rank, world_size = place_of(self.trainer)
+        places = equal_share(len(samples), rank, world_size)
         batch_size = self.validation_batch_size or max(1, self.batch_size // world_size)
         return FiniteLoader(dataset, places, batch_size, self.num_workers, gpu_of(self.trainer), self.num_threads)
 

@@ -12,7 +12,7 @@ import torch
 from spear_lightning.batches import TrueAnswer, VqaBatch
 from spear_lightning.labeling.records import ImageLabel
 from spear_lightning.robot_data.dataset import FindsSamples
-from spear_lightning.robot_data.images import BrokenImage, CameraSpec
+from spear_lightning.robot_data.images import BrokenImage, BrokenImages, CameraSpec
 from spear_lightning.vqa.augment import ViewRecipe, make_view
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
 from spear_lightning.vqa.labelled_images import LabelledImages
@@ -51,7 +51,6 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
 
     Attributes:
         without_questions: Samples so far in this process about which nothing could be asked.
-        broken_images: Images so far in this process that could not be decoded; they are masked.
     """
 
     def __init__(
@@ -71,7 +70,12 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
         self._mixture, self._tokens, self._layout = mixture, tokens, layout
         self._camera, self._views, self._seed, self._camera_name = camera, views, seed, camera_name
         self.without_questions = 0
-        self.broken_images = 0
+        self._broken = BrokenImages(log, "The sample is masked")
+
+    @property
+    def broken_images(self) -> int:
+        """Images so far in this process that could not be decoded; they are masked."""
+        return self._broken.count
 
     def __getitem__(self, place: int) -> VqaBatch:
         """Return a batch of one."""
@@ -130,10 +134,7 @@ class VqaDataset(torch.utils.data.Dataset[VqaBatch]):
         return _Sample(view, pixels, text, True, self._tokens.clamped - before)
 
     def _masked(self, error: BrokenImage, label: ImageLabel) -> _Sample:
-        """Say the first broken image of this process aloud, and count the others."""
-        self.broken_images += 1
-        if self.broken_images == 1:
-            log.warning("%s\n  The sample is masked; further ones are not reported.", error)
+        self._broken.note(error)
         pixels = torch.zeros((3, self._camera.height, self._camera.width), dtype=torch.uint8)
         return _Sample(label, pixels, self._layout.encode(Example(())), False, 0)
 

@@ -18,6 +18,9 @@ from spear_lightning.labeling.store import LabelStore
 from spear_lightning.robot_data.mixture import SampleStream, Weighting, mixture_shares
 from spear_lightning.vqa.task import clean_name
 
+WITH_MASKS = 256
+"""Groups of labels with masks that a process keeps decoded."""
+
 CHUNK = 256
 """Places of a stream that are looked up at a time."""
 
@@ -122,7 +125,9 @@ class LabelMixture:
         masks: bool = False,
     ) -> None:
         self.seed = seed
-        parts = [split_labels(LabelStore(Path(folder), masks), holdout, seed) for folder in folders]
+        # A group of labels with masks takes megabytes, in every process that reads.
+        cached = {"cached_groups": WITH_MASKS} if masks else {}
+        parts = [split_labels(LabelStore(Path(folder), masks, **cached), holdout, seed) for folder in folders]
         self.training = [kept for kept, _ in parts]
         self.held_out = [held for _, held in parts]
         sizes = {folder: len(kept) for folder, kept in zip(folders, self.training, strict=True)}

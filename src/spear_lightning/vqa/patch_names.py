@@ -9,6 +9,7 @@ Shape letters: O objects, H and W the image, R and C rows and columns of patches
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -19,12 +20,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from spear_lightning.batches import IGNORED, NamedPatchBatch
+from spear_lightning.geometry.cameras import fit_window
 from spear_lightning.labeling.records import ImageLabel
 from spear_lightning.labeling.run_lengths import decode_mask
 from spear_lightning.robot_data.dataset import FindsSamples
-from spear_lightning.robot_data.images import BrokenImage, CameraSpec, fit_image, fit_window
+from spear_lightning.robot_data.images import BrokenImage, BrokenImages, CameraSpec, fit_image
 from spear_lightning.vqa.labelled_images import LabelledImages
 from spear_lightning.vqa.task import clean_name
+
+log = logging.getLogger(__name__)
 
 COVER = 0.25
 """A patch shows the object that covers most of it, if that is at least this share of its pixels."""
@@ -98,6 +102,7 @@ class NamedPatches(Dataset[NamedPatchBatch]):
         self._sources, self._finder = list(sources), finder
         self._numbers = {name: number for number, name in enumerate(names, start=1)}
         self._camera, self._patch = camera, patch
+        self._broken = BrokenImages(log, "Nothing is known of its patches")
 
     def read(self, indices: Sequence[int]) -> NamedPatchBatch:
         """Return the batch of some places. Of an image that cannot be decoded, nothing is known.
@@ -121,7 +126,8 @@ class NamedPatches(Dataset[NamedPatchBatch]):
     def _sample(self, dataset: int, image: int) -> tuple[Tensor, Tensor]:
         try:
             label, image_HW3 = self._sources[dataset].read(image)
-        except BrokenImage:
+        except BrokenImage as error:
+            self._broken.note(error)
             rows, columns = self._camera.height // self._patch, self._camera.width // self._patch
             pixels = torch.zeros((3, self._camera.height, self._camera.width), dtype=torch.uint8)
             return pixels, torch.full((rows * columns,), IGNORED)

@@ -115,6 +115,8 @@ def write_weights(path: str | Path, state: Mapping[str, Tensor], metadata: dict[
     tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}
     try:
         save_file(tensors, unfinished, metadata=metadata)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -20,12 +20,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
+from label_clock import SETTLED, Clock
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -40,7 +40,7 @@ from spear_lightning.labeling.detections import Detections
 from spear_lightning.labeling.detector import BoxFile, Picture
 from spear_lightning.labeling.geometry import NetworkGeometry, PointMap
 from spear_lightning.labeling.object_label import BoxRecipe
-from spear_lightning.labeling.pipeline import LabelingRun, Tally, default_processes
+from spear_lightning.labeling.pipeline import LabelingRun, default_processes
 from spear_lightning.labeling.sam2 import Sam2
 from spear_lightning.labeling.segmenter import Masks
 from spear_lightning.labeling.sources import ImageFolder
@@ -49,9 +49,6 @@ from spear_lightning.models import MogeEncoder, MogeV1
 
 CORPUS = 230_000
 """Images of the paper's data set."""
-
-SETTLED = 0.15
-"""This share of the images at each end of a run does not count: steps fill up and run empty."""
 
 console = Console(width=120)
 
@@ -159,42 +156,6 @@ def write_data(folder: Path, images: int, objects: int, width: int, height: int)
             boxes = np.concatenate([corner, corner + size], 1) * [width, height, width, height]
             found = [{"name": f"thing {index}", "box_2d": box.tolist()} for index, box in enumerate(boxes)]
             lines.write(json.dumps({"image_id": f"{number:05d}.jpg", "objects": found}) + "\n")
-
-
-@dataclass
-class Clock:
-    """Notes when images are done, and how busy the GPU says it was when they were."""
-
-    times: list[float] = field(default_factory=list)
-    tally: Tally | None = None
-    busy: list[tuple[float, int]] = field(default_factory=list)
-
-    def __call__(self, tally: Tally) -> None:
-        """Note the time."""
-        self.times.append(time.perf_counter())
-        self.tally = tally
-
-    def rate(self) -> float:
-        """Images per second, without the ends of the run."""
-        # The first call is before any image.
-        done = self.times[1:]
-        first, last = int(len(done) * SETTLED), int(len(done) * (1 - SETTLED)) - 1
-        return (last - first) / (done[last] - done[first])
-
-    def busy_share(self) -> float | None:
-        """Share of the time, without the ends of the run, in which any kernel ran, by the driver's own counter."""
-        done = self.times[1:]
-        first, last = done[int(len(done) * SETTLED)], done[int(len(done) * (1 - SETTLED)) - 1]
-        seen = [percent for moment, percent in self.busy if first <= moment <= last]
-        return sum(seen) / len(seen) / 100 if seen else None
-
-    def watch(self, stop: threading.Event) -> None:
-        """Note what the driver says until `stop` is set; nothing where its library (nvidia-ml-py) is missing."""
-        while not stop.wait(0.05):
-            try:
-                self.busy.append((time.perf_counter(), torch.cuda.utilization()))
-            except ModuleNotFoundError:
-                return
 
 
 def gpu_work(profile: torch.profiler.profile) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from spear_lightning.batches import GeometryBatch
-from spear_lightning.errors import ConfigError
 from spear_lightning.geometry.point_maps import PointMaps
 from spear_lightning.models.encoders.moge_weights import read_moge
 from spear_lightning.models.moge.base import Moge, MogeOutput
@@ -24,7 +23,7 @@ from spear_lightning.models.moge.camera import focal_from_widths, normalized_int
 from spear_lightning.models.moge.loss import GeometryLoss, align_maps
 from spear_lightning.policy.checkpoint import SCHEMA
 from spear_lightning.training.base_module import SpearModule
-from spear_lightning.training.image_augmentation import ImageAugmentation
+from spear_lightning.training.image_augmentation import ImageAugmentation, require_no_crop
 from spear_lightning.training.optimizer import OptimizerRecipe
 from spear_lightning.training.random_streams import AUGMENT, TRAIN, generator_at
 
@@ -72,13 +71,7 @@ class GeometryModule(SpearModule):
         augmentation: ImageAugmentation | None = None,
     ) -> None:
         super().__init__(recipe, seed, init_from)
-        if augmentation is not None and augmentation.crop != 1:
-            raise ConfigError(
-                "A crop would move the principal point out of the middle",
-                where="model.augmentation.crop",
-                found=augmentation.crop,
-                expected=1,
-            )
+        require_no_crop(augmentation, "A crop would move the principal point out of the middle")
         self.moge = moge
         self.loss = GeometryLoss() if loss is None else loss
         self.augmentation = augmentation

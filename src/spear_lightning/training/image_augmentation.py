@@ -62,6 +62,20 @@ class ImageAugmentation(Augmentation):
         return image_B3HW.round().clamp(0, 255).to(torch.uint8)
 
 
+def require_no_crop(augmentation: ImageAugmentation | None, why: str) -> None:
+    """Check that an augmentation changes colours alone.
+
+    Args:
+        augmentation: The augmentation, if there is one.
+        why: What a crop would do.
+
+    Raises:
+        ConfigError: If it crops.
+    """
+    if augmentation is not None and augmentation.crop != 1:
+        raise ConfigError(why, where="model.augmentation.crop", found=augmentation.crop, expected=1)
+
+
 def _cropped(image_B3HW: Tensor, side_B: Tensor, place_2B: Tensor) -> Tensor:
     """Cut out a part of relative size `side_B`, `place_2B` in [-1, 1] of where it can be; resize it back."""
     theta_B23 = image_B3HW.new_zeros(len(side_B), 2, 3)

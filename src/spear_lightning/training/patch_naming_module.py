@@ -20,7 +20,7 @@ from spear_lightning.models import PatchNamer
 from spear_lightning.models.encoders.weight_files import load_exactly, read_state_dict
 from spear_lightning.policy.checkpoint import SCHEMA, read_checkpoint, weights_under
 from spear_lightning.training.base_module import SpearModule
-from spear_lightning.training.image_augmentation import ImageAugmentation
+from spear_lightning.training.image_augmentation import ImageAugmentation, require_no_crop
 from spear_lightning.training.optimizer import OptimizerRecipe
 from spear_lightning.training.patch_naming_data_module import PatchNamingDataModule
 from spear_lightning.training.random_streams import AUGMENT, generator_at
@@ -62,13 +62,7 @@ class PatchNamingModule(SpearModule):
         augmentation: ImageAugmentation | None = None,
     ) -> None:
         super().__init__(recipe, seed, init_from)
-        if augmentation is not None and augmentation.crop != 1:
-            raise ConfigError(
-                "A crop would move the patches",
-                where="model.augmentation.crop",
-                found=augmentation.crop,
-                expected=1,
-            )
+        require_no_crop(augmentation, "A crop would move the patches")
         if nothing_weight < 0:
             raise ConfigError(
                 "A weight is negative", where="model.nothing_weight", found=nothing_weight, expected=">= 0"

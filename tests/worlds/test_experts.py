@@ -12,6 +12,8 @@ from spear_lightning.worlds.tabletop.tasks import TASKS
 from spear_lightning.worlds.tabletop.world import WORKSPACE_HIGH_M, WORKSPACE_LOW_M, Tabletop
 
 STARTS = 200
+CHANCES = 60
+"""Starts of chance, which takes all the time there is; `spear eval --policy random --episodes 200` has them all."""
 FIRST_SEED = 50_000
 
 
@@ -35,13 +37,13 @@ def test_the_expert_succeeds_in_95_percent_of_200_starts(task: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list(TASKS))
-def test_chance_succeeds_in_less_than_5_percent_of_200_starts(task: str) -> None:
+def test_chance_succeeds_in_less_than_5_percent_of_its_starts(task: str) -> None:
     world, done = Tabletop(), []
-    for seed in range(FIRST_SEED, FIRST_SEED + STARTS):
+    for seed in range(FIRST_SEED, FIRST_SEED + CHANCES):
         start = world.reset(task, seed)
         if acted_out(world, RandomTargets(start.state, np.random.default_rng(seed))):
             done.append(seed)
-    assert len(done) < 0.05 * STARTS, f"{task}: {len(done)} of {STARTS}, with seeds {done}"
+    assert len(done) < 0.05 * CHANCES, f"{task}: {len(done)} of {CHANCES}, with seeds {done}"
 
 
 @pytest.mark.parametrize("task", list(TASKS))

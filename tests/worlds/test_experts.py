@@ -13,7 +13,7 @@ from spear_lightning.worlds.tabletop.world import WORKSPACE_HIGH_M, WORKSPACE_LO
 
 STARTS = 200
 CHANCES = 60
-"""Starts of chance, which takes all the time there is; `spear eval --policy random --episodes 200` has them all."""
+"""Starts of chance, which takes all the time there is. `spear eval --policy random --episodes 200` has more."""
 FIRST_SEED = 50_000
 
 

@@ -138,9 +138,10 @@ def main() -> None:
     for seed in options.seeds:
         for variant in options.variants:
             tasks.put((variant, seed))
-    there = [name for name in CHANGES for seed in options.seeds if (Path(options.out) / f"{name}_{seed}").exists()]
-    if set(there) & set(options.variants):
-        parser.error(f"{options.out} holds runs of {sorted(set(there))}: choose another --out")
+    wanted = [f"{variant}_{seed}" for variant in options.variants for seed in options.seeds]
+    there = [name for name in wanted if (Path(options.out) / name).exists()]
+    if there:
+        parser.error(f"{options.out} holds runs of these names already: {there}; choose another --out")
     finished: list[Path] = []
     threads = [threading.Thread(target=work, args=(tasks, gpu, options, finished)) for gpu in options.gpus]
     for thread in threads:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from spear_lightning import cli
+
 DIE = """
 import json, os, signal, sys
 from importlib import import_module
@@ -53,6 +55,18 @@ def logged(run: Path, name: str) -> dict[int, str]:
             if row.get(name):
                 found[int(row["step"])] = row[name]
     return found
+
+
+def fit_like(twin: Path, root: Path, run: Path, *options: str) -> int:
+    """Run `spear fit` with a twin's configuration, data under a root and everything else under a run's folder."""
+    where = [f"--data.root={root}", f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+    return cli.main(["fit", f"--config={twin}", *where, *options])
+
+
+def values_of(run: Path, name: str) -> list[float]:
+    """Return the values that a run logged, by step."""
+    found = logged(run, name)
+    return [float(found[step]) for step in sorted(found)]
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from finished_runs import fit_like, values_of, weights
 
 from spear_lightning import cli
 from spear_lightning.batches import GeometryBatch
@@ -31,46 +31,31 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spear(verb: str, root: Path, run: Path, *options: str) -> int:
-    where = [f"--data.root={root}", f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
-    return cli.main([verb, f"--config={TWIN}", *where, *options])
-
-
 @pytest.fixture(scope="module")
 def whole_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    assert spear("fit", root, run) == 0
+    assert fit_like(TWIN, root, run) == 0
     return run
-
-
-def logged(run: Path, name: str) -> list[float]:
-    found: dict[int, float] = {}
-    for path in sorted((run / "csv").glob("version_*/metrics.csv")):
-        found |= {int(row["step"]): float(row[name]) for row in csv.DictReader(path.open()) if row.get(name)}
-    return [found[step] for step in sorted(found)]
 
 
 def test_the_loss_falls_and_so_do_the_errors(whole_run: Path) -> None:
     for part in ("loss", "points", "edges", "normals", "mask"):
-        values = logged(whole_run, f"train/{part}")
+        values = values_of(whole_run, f"train/{part}")
         assert len(values) == 40
         assert all(math.isfinite(value) for value in values)
-    losses = logged(whole_run, "train/loss")
+    losses = values_of(whole_run, "train/loss")
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    first, last = logged(whole_run, "val/point_error")
+    first, last = values_of(whole_run, "val/point_error")
     assert last < first
-    assert all(len(logged(whole_run, f"val/{name}")) == 2 for name in ("located_point_error", "fov_error_deg"))
+    assert all(len(values_of(whole_run, f"val/{name}")) == 2 for name in ("located_point_error", "fov_error_deg"))
 
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly(root: Path, whole_run: Path, tmp_path: Path) -> None:
-    assert spear("fit", root, tmp_path, "--trainer.max_steps=20", "--model.recipe.total_steps=40") == 0
+    assert fit_like(TWIN, root, tmp_path, "--trainer.max_steps=20", "--model.recipe.total_steps=40") == 0
     allowed = "--resume_allow=[trainer.max_steps, model.recipe.total_steps]"
-    assert spear("fit", root, tmp_path, "--ckpt_path=last", allowed) == 0
-    ends = [
-        torch.load(run / "checkpoints" / "step_0000040.ckpt", weights_only=True)["state_dict"]
-        for run in (whole_run, tmp_path)
-    ]
+    assert fit_like(TWIN, root, tmp_path, "--ckpt_path=last", allowed) == 0
+    ends = [weights(run, 40) for run in (whole_run, tmp_path)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from finished_runs import fit_like, values_of, weights
 
 from spear_lightning import cli
 from spear_lightning.batches import IGNORED, NamedPatchBatch
@@ -37,39 +37,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def spear(verb: str, root: Path, run: Path, *options: str) -> int:
-    where = [f"--data.root={root}", f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
-    return cli.main([verb, f"--config={TWIN}", *where, *options])
-
-
 @pytest.fixture(scope="module")
 def whole_run(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("run")
-    assert spear("fit", root, run) == 0
+    assert fit_like(TWIN, root, run) == 0
     return run
 
 
-def logged(run: Path, name: str) -> list[float]:
-    rows = csv.DictReader((run / "csv" / "version_0" / "metrics.csv").open())
-    return [float(row[name]) for row in rows if row.get(name)]
-
-
 def test_the_loss_falls(whole_run: Path) -> None:
-    losses = logged(whole_run, "train/loss")
+    losses = values_of(whole_run, "train/loss")
     assert len(losses) == 80
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
-    assert len(logged(whole_run, "val/patch_accuracy")) == 2
+    assert len(values_of(whole_run, "val/patch_accuracy")) == 2
 
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly(root: Path, whole_run: Path, tmp_path: Path) -> None:
-    assert spear("fit", root, tmp_path, "--trainer.max_steps=40", "--model.recipe.total_steps=80") == 0
+    assert fit_like(TWIN, root, tmp_path, "--trainer.max_steps=40", "--model.recipe.total_steps=80") == 0
     allowed = "--resume_allow=[trainer.max_steps, model.recipe.total_steps]"
-    assert spear("fit", root, tmp_path, "--ckpt_path=last", allowed) == 0
-    ends = [
-        torch.load(run / "checkpoints" / "step_0000080.ckpt", weights_only=True)["state_dict"]
-        for run in (whole_run, tmp_path)
-    ]
+    assert fit_like(TWIN, root, tmp_path, "--ckpt_path=last", allowed) == 0
+    ends = [weights(run, 80) for run in (whole_run, tmp_path)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -181,7 +168,7 @@ def test_worker_processes_read_the_same_batches(root: Path) -> None:
 def test_a_run_that_would_leave_no_encoder_is_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert spear("fit", root, tmp_path, "--data.holdout=0") != 0
+    assert fit_like(TWIN, root, tmp_path, "--data.holdout=0") != 0
     assert "data.holdout" in capsys.readouterr().err
 
 

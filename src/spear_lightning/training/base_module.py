@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import nn
 
@@ -69,6 +70,12 @@ class SpearModule(L.LightningModule):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return plain values that, with the weights, suffice to rebuild the model."""
+
+    @property
+    def exports_now(self) -> bool:
+        """Whether this process writes down what a validation within training has just validated."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
+        return fitting and self.trainer.is_global_zero
 
     def prediction_writer(self) -> Callback:
         """Return the callback by which `spear predict` writes what was predicted."""

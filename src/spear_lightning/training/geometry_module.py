@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from spear_lightning.batches import GeometryBatch
@@ -128,8 +127,7 @@ class GeometryModule(SpearModule):
 
     def on_validation_epoch_end(self) -> None:
         """Export the network as it was validated."""
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if fitting and self.trainer.is_global_zero:
+        if self.exports_now:
             self.moge.save(Path(self.trainer.default_root_dir) / WEIGHTS_FOLDER / WEIGHTS_FILE)
 
     def _augmented(self, batch: GeometryBatch, generator: torch.Generator) -> GeometryBatch:

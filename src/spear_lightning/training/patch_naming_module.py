@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -176,18 +175,17 @@ class PatchNamingModule(SpearModule):
         """Do what validation does."""
         self.on_validation_epoch_start()
 
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of all processes together."""
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of all processes together, and export the encoder as it was validated."""
         figures = {"val/loss": self._mean_loss.compute(), "val/patch_accuracy": self._accuracy.compute()}
         # They are the same in every process already.
         self.log_dict(figures, prog_bar=True, sync_dist=False)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures, and export the encoder as it was validated."""
-        self.on_test_epoch_end()
-        fitting = self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking
-        if fitting and self.trainer.is_global_zero:
+        if self.exports_now:
             self.namer.save_encoder(Path(self.trainer.default_root_dir) / WEIGHTS_FILE)
+
+    def on_test_epoch_end(self) -> None:
+        """Do what validation does."""
+        self.on_validation_epoch_end()
 
     def _loss(self, logits_BNK: Tensor, names_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weighted mean of the losses, 0 where nothing is known, and the sum of the weights."""

@@ -25,6 +25,7 @@ CHANGES = {
     "tabletop/vlm_float8.yaml": ["tabletop/vlm.yaml"],
     "tabletop/vlm_moge_trained.yaml": ["tabletop/vlm.yaml"],
     "tabletop/vlm_moge_frozen.yaml": ["tabletop/vlm.yaml"],
+    "tabletop/vla_from_vlm.yaml": ["tabletop/vla.yaml"],
     "ablations/no_obj_vlm.yaml": ["vlm_3dvqa.yaml", "vlm_3dvqa_encoders_frozen.yaml"],
     "ablations/no_moge_vlm.yaml": ["vlm_3dvqa.yaml"],
     "ablations/no_moge_vla.yaml": ["vla_oxe.yaml"],
@@ -174,6 +175,32 @@ def test_the_8_bit_tabletop_vlm_differs_in_its_products_alone() -> None:
     assert kinds.index("Float8Products") < kinds.index("RegionalCompile")
     assert plain["trainer"]["callbacks"] == [part for part in callbacks if "Float8" not in part["class_path"]]
     assert small["data"]["init_args"]["validation_batch_size"] % 16 == 0
+
+
+def test_the_tabletop_policy_starts_from_the_tabletop_vlm_and_differs_in_little_else() -> None:
+    plain, started = resolved("tabletop/vla.yaml"), resolved("tabletop/vla.yaml", "tabletop/vla_from_vlm.yaml")
+    vlm = resolved("tabletop/vlm.yaml")
+    model, own = started["model"]["init_args"], plain["model"]["init_args"]
+    trainer = vlm["trainer"]
+    last = f"{trainer['default_root_dir']}/checkpoints/step_{trainer['max_steps']:07d}.ckpt"
+    assert model["vlm"] == last
+    assert {key for key in model if model[key] != own[key]} == {"vlm", "augmentation"}
+    assert model["augmentation"]["init_args"]["parts"][1] == own["augmentation"]
+    assert started["data"] == plain["data"]
+    parts, others = (one["trainer"]["callbacks"] for one in (started, plain))
+    assert parts[1:] == others[1:]
+    (phase,) = parts[0]["init_args"]["phases"]
+    assert phase["train"] == {"vlm": 3.0e-4, "expert": None}
+    # The network and the words of both, but for the tokens that a policy has no use for.
+    networks = [
+        model["policy"]["init_args"]["vla"]["init_args"]["vlm"]["init_args"],
+        vlm["model"]["init_args"]["answerer"]["init_args"]["vlm"]["init_args"],
+    ]
+    rows = {"vocab_size", "new_tokens"}
+    shapes = [{key: value for key, value in one["language"].items() if key not in rows} for one in networks]
+    assert shapes[0] == shapes[1]
+    pixels = [{**one["encoders"]["pixels"]["init_args"], "weights": None} for one in networks]
+    assert pixels[0] == pixels[1]
 
 
 def test_vlm_paper_scale_numbers() -> None:

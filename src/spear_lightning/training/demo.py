@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--out", default="demo", help="folder for runs")
     parser.add_argument("--demonstrations", type=_at_least_one, default=320, help="episodes to learn from")
-    parser.add_argument("--steps", type=_at_least_one, default=1400, help="optimizer steps")
+    parser.add_argument("--steps", type=_at_least_one, default=1050, help="optimizer steps")
     parser.add_argument("--episodes", type=_at_least_one, default=30, help="episodes to try the policy in")
     options = parser.parse_args(arguments)
     experiment = find_experiment()
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
             f"--data.root={temporary}",
             f"--data.index_folder={Path(temporary) / 'indexes'}",
             f"--trainer.max_steps={options.steps}",
-            f"--trainer.val_check_interval={max(options.steps // 4, 1)}",
+            f"--trainer.val_check_interval={max(options.steps // 3, 1)}",
         )
     checkpoint = newest_checkpoint(folder / RUN / "checkpoints")
     if checkpoint is None:

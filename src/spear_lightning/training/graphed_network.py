@@ -32,7 +32,8 @@ class GraphedNetwork(Callback):
 
     For training on one GPU with batches of one size (SPEAR-VLM's: `data.one_length: true`); validation runs as it
     is. Parameters must stay where they are in memory. Without a GPU it does nothing. After `RegionalCompile` it
-    replays the compiled kernels.
+    replays the compiled kernels. Give the run the GPU for itself: beside another such run, replays have crashed in
+    the driver (580.159).
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -89,6 +89,22 @@ def test_the_page_holds_what_it_must(tmp_path: Path) -> None:
     assert "<b>sly" not in (tmp_path / "all.html").read_text()
 
 
+def test_lengths_of_unknown_scale_keep_their_digits(tmp_path: Path) -> None:
+    label, image_HW3 = demo_label(0)
+    extents = np.array([0.0051234, 0.002, 0.0098765], np.float32)
+    small = replace(label.objects[0], distance=0.021749, extents=extents)
+    for unit in ("scale_free", "metric"):
+        with LabelFolder(tmp_path / unit) as labels:
+            one = replace(label, unit=unit, objects=(small,))
+            labels.add(one, simplejpeg.encode_jpeg(np.ascontiguousarray(image_HW3)))
+        words = " ".join(Page(write_report(tmp_path / unit, tmp_path / f"{unit}.html").read_text()).text)
+        expected = {
+            "scale_free": ("0.0217", "0.00512 \u00d7 0.00200 \u00d7 0.00988"),
+            "metric": ("0.022", "0.005 \u00d7 0.002 \u00d7 0.010"),
+        }
+        assert all(part in words for part in expected[unit])
+
+
 def test_what_there_is_none_of_and_one_of_is_said(tmp_path: Path) -> None:
     label, image_HW3 = demo_label(0)
     with LabelFolder(tmp_path) as labels:

@@ -214,20 +214,21 @@ def _label(label: ImageLabel, image_HW3: np.ndarray, width: int) -> str:
 def _objects(label: ImageLabel) -> str:
     if not label.objects:
         return '<p class="quiet">No objects.</p>'
-    unit = " (m)" if label.unit == "metric" else ""
+    metric = label.unit == "metric"
+    unit, digits = (" (m)", ".3f") if metric else ("", "#.3g")
     head = ["object", f"distance{unit}", f"edges x \u00d7 y \u00d7 z{unit}", "points", "residual"]
     scored = not all(np.isnan(item.detection_score) for item in label.objects)
     rows = []
     for number, (item, colour) in enumerate(
         zip(label.objects, object_colours(len(label.objects)), strict=True), start=1
     ):
-        edges = " \u00d7 ".join(f"{edge:.3f}" for edge in item.extents)
+        edges = " \u00d7 ".join(f"{edge:{digits}}" for edge in item.extents)
         score = (
             f"<td>{'' if np.isnan(item.detection_score) else f'{item.detection_score:.2f}'}</td>" if scored else ""
         )
         rows.append(
             f'<tr><td><span class="chip" style="background:rgb{colour};color:rgb{ink_on(colour)}">{number}</span> '
-            f"{html.escape(item.name)}</td><td>{item.distance:.3f}</td><td>{edges}</td><td>{item.points:,}</td>"
+            f"{html.escape(item.name)}</td><td>{item.distance:{digits}}</td><td>{edges}</td><td>{item.points:,}</td>"
             f"<td>{item.residual:.3f}</td>{score}</tr>"
         )
     cells = "".join(f"<th>{cell}</th>" for cell in head + ["score"] * scored)

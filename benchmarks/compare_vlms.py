@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument(
-        "--gpus", nargs="+", default=["0"], help="one run at a time each: two with CUDA graphs on one GPU can crash"
+        "--gpus", nargs="+", default=["0"], help="one run at a time each: two with CUDA graphs on one can crash"
     )
     parser.add_argument("--workers", type=int, default=6)
     parser.add_argument("--pictures", type=int, default=ALL, help="held-out pictures at most")

@@ -27,6 +27,7 @@ class Contender:
         moge: Whether MoGe is there.
         cameras: Camera name -> height and width.
         wrist_share: Share of samples that have the second camera.
+        multiple: Of the number of text tokens; otherwise there are 48.
     """
 
     compiled: bool = True
@@ -37,6 +38,7 @@ class Contender:
         default_factory=lambda: {"primary": (210, 280), "wrist": (112, 112)}
     )
     wrist_share: float = 1.0
+    multiple: int | None = None
 
 
 LIKE_PI0 = {"primary": (224, 224), "wrist": (224, 224)}
@@ -44,7 +46,9 @@ CONTENDERS = {
     "spear": Contender(),
     "eager": Contender(compiled=False),
     "padded": Contender(packed=False),
+    "trimmed": Contender(packed=False, multiple=8),
     "float8": Contender(float8="tensorwise"),
+    "float8-trimmed": Contender(packed=False, multiple=8, float8="tensorwise"),
     "float8-rowwise": Contender(float8="rowwise"),
     "float8-rowwise-gw": Contender(float8="rowwise_with_gw_hp"),
     "half-absent": Contender(wrist_share=0.5),
@@ -82,7 +86,8 @@ def vla_step(contender: Contender, batch: int, small: bool, device: str) -> tupl
         vla = SpearVLA(build_vlm(contender, small, 0), expert or ActionExpert())
     normalizer = ActionNormalizer()
     normalizer.fit([-1] * 3, [1] * 3, [-1] * 3, [1] * 3)
-    policy = Policy(vla, ActionFlow(), PromptTokenizer(tokenizer="byte", max_length=48), normalizer).to(device)
+    prompt = PromptTokenizer(tokenizer="byte", max_length=48, multiple=contender.multiple)
+    policy = Policy(vla, ActionFlow(), prompt, normalizer).to(device)
     freeze(vla, vla.unused_parameters())
     pose = torch.tensor([0.1, 0.1, 0.1, 0, 0, 0, 1, 1])
     present = torch.arange(batch) % 100 < 100 * contender.wrist_share

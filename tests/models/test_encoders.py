@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -18,6 +18,7 @@ from transformers import (
 
 from spear_lightning.errors import CheckpointError, ConfigError, ShapeError
 from spear_lightning.models import Dinov2Encoder, MeanFusion, MogeEncoder, SiglipEncoder
+from spear_lightning.models.encoders.siglip import LinearThenBias
 
 SIZES = [(210, 280, 300), (112, 112, 64), (28, 28, 4)]
 """Height, width and tokens: the external camera, the wrist camera, and the grid of the position tables."""
@@ -147,6 +148,20 @@ def test_bfloat16_encoders_normalise_and_interpolate_in_float32() -> None:
         wide = encoder(picture(42, 56))
         narrow = encoder.bfloat16()(picture(42, 56))
     torch.testing.assert_close(narrow.float(), wide.bfloat16().float(), atol=0, rtol=0)
+
+
+def test_biases_that_are_added_later_keep_the_type_of_the_product() -> None:
+    plain = nn.Linear(16, 32)
+    layer = LinearThenBias.of(plain)
+    inputs = torch.randn(5, 16)
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    torch.testing.assert_close(layer(inputs), plain(inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(inputs), plain(inputs)
+    assert found.dtype == torch.bfloat16
+    # The sum is rounded once more.
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2**-7)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:

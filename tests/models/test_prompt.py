@@ -43,6 +43,22 @@ def test_byte_prompts_are_bos_text_newline_padding() -> None:
     assert len(PromptTokenizer()) == 259
 
 
+@pytest.mark.parametrize(
+    ("texts", "length"),
+    # A prompt is two tokens longer than its text; the longest decides, and none is longer than `max_length`.
+    [(["ab"], 4), (["abc"], 8), (["abc", "abcdef"], 8), (["abcdefg", ""], 10), (["a" * 40], 10), ([], 4)],
+)
+def test_prompts_may_be_as_short_as_a_batch_allows(texts: list[str], length: int) -> None:
+    fixed, trimmed = PromptTokenizer(max_length=10), PromptTokenizer(max_length=10, multiple=4)
+    expected, real = fixed.encode(texts)
+    for prompt in (trimmed, PromptTokenizer.from_json(trimmed.to_json())):
+        ids, mask = prompt.encode(texts)
+        assert ids.shape == mask.shape == (len(texts), length)
+        assert torch.equal(ids, expected[:, :length])
+        assert torch.equal(mask, real[:, :length])
+        assert not real[:, length:].any()
+
+
 def test_every_byte_has_an_id_of_its_own() -> None:
     prompt = PromptTokenizer(max_length=1200)
     input_ids, _ = prompt.encode(["".join(map(chr, range(1, 800)))])
@@ -117,6 +133,8 @@ def test_foreign_json_is_refused(text: str) -> None:
 def test_configurations_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"more than 2"):
         PromptTokenizer(max_length=2)
+    with pytest.raises(ConfigError, match=r"(?s)prompt.multiple.*0.*at least 1"):
+        PromptTokenizer(multiple=0)
     with pytest.raises(ConfigError, match=r"(?s)cannot be loaded.*prompt.tokenizer"):
         PromptTokenizer(str(tmp_path))
     plain = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))

@@ -139,6 +139,13 @@ def test_what_cannot_be_recorded_is_refused(
         GraphedNetwork().setup(given, module, "fit")
 
 
+def test_prompts_of_several_lengths_are_refused(module: VLAModule) -> None:
+    module.policy.prompt.multiple = 8
+    given: Any = SimpleNamespace(world_size=1, accumulate_grad_batches=1)
+    with pytest.raises(ConfigError, match=r"prompt\.multiple: 8"):
+        GraphedNetwork().setup(given, module, "fit")
+
+
 def test_spear_vlm_is_recorded_with_its_answers(recordings: list[nn.Module]) -> None:
     module = spear_vlm().train()
     vlm, given = module.answerer.vlm, inputs()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spear_lightning.models.prompt import ByteVocabulary, PretrainedVocabulary, Vocabulary
+from spear_lightning.models.vocabulary import ByteVocabulary, PretrainedVocabulary, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -50,6 +50,8 @@ class GraphedNetwork(Callback):
             wrong = type(pl_module).__name__
         elif _vlm_of(pl_module).packed:
             wrong = "vlm.packed: true, so that steps differ in size"
+        elif isinstance(pl_module, VLAModule) and pl_module.policy.prompt.multiple is not None:
+            wrong = f"prompt.multiple: {pl_module.policy.prompt.multiple}, so that steps differ in size"
         elif isinstance(data, LabelledImageDataModule) and not data.one_length:
             wrong = "data.one_length: false, so that steps differ in size"
         elif trainer.world_size > 1:

@@ -19,7 +19,7 @@ MULTIPLE = 16
 
 
 class Vocabulary(Protocol):
-    """Text -> token ids: what the layout needs of a tokenizer (`models.prompt.Vocabulary` has it)."""
+    """Text -> token ids: what the layout needs of a tokenizer (`models.vocabulary.Vocabulary` has it)."""
 
     @property
     def pad(self) -> int:

@@ -130,6 +130,10 @@ def test_ablations_mean_what_their_names_say() -> None:
         vlm["model"]["init_args"]["answerer"]["init_args"]["vlm"],
         vla["model"]["init_args"]["policy"]["init_args"]["vla"]["init_args"]["vlm"],
     ]
+    # YAML replaces lists whole: of the callbacks, only what trains may differ.
+    plain = {"vlm": resolved("vlm_3dvqa.yaml"), "vla": resolved("vla_oxe.yaml")}
+    for printed, kind in ((unfrozen, "vla"), (vlm, "vlm"), (vla, "vla")):
+        assert printed["trainer"]["callbacks"][1:] == plain[kind]["trainer"]["callbacks"][1:]
     for network, printed in zip(networks, (vlm, vla), strict=True):
         assert list(network["init_args"]["encoders"]) == ["siglip"]
         assert not [phase for phase in schedule(printed) if "moge" in str(phase)]

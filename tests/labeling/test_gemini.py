@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import threading
@@ -230,6 +231,39 @@ def test_no_key_is_an_error_before_anything_is_asked(
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="GEMINI_API_KEY or GOOGLE_API_KEY"):
         Gemini(str(tmp_path)).prepare()
+
+
+@pytest.mark.parametrize("key", ["AIzaFIRST\nAIzaSECOND", "AIza\0SECRET", "AIza SECRET", "“AIzaSECRET”"])
+def test_what_can_be_no_key_is_refused_unsaid(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)no key.*GEMINI_API_KEY") as error:
+        GeminiApi(MODEL, Pacer(1e9), PATIENCE, environment={"GEMINI_API_KEY": key})
+    assert "AIza" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("said", ["rate limited", None, [1]])
+def test_errors_of_another_form_cost_one_image(
+    said: object, status: int, tmp_path: Path, service: Service
+) -> None:
+    assert isinstance(service.ask(tmp_path, always(status=status, body={"error": said})), DataError)
+
+
+def full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_nothing_is_asked_whose_reply_could_not_be_kept(
+    tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"(?s)Paid replies cannot be kept.*file"):
+        Gemini(str(tmp_path / "file" / "replies")).prepare()
+    # Where the disk fills up later, the first reply that is lost ends the run.
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ConfigError, match="Paid replies cannot be kept"):
+        service.ask(tmp_path / "full", always())
+    assert len(service.fake.images) == 1
 
 
 def test_a_reply_is_paid_once_by_any_number_of_threads(tmp_path: Path, service: Service) -> None:

@@ -83,11 +83,19 @@ def test_a_bad_depth_file_spoils_its_own_image_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "pickled.npz", depth=np.array([object()]), intrinsics=camera)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:100])
     Image.fromarray(picture()).save(tmp_path / "colour.png")
-    names = ["large", "blind", "pickled", "cut", "colour", "absent", "../secret", "good"]
+    (tmp_path / "empty.npz").write_bytes(b"")
+    np.savez_compressed(tmp_path / "flipped.npz", depth=np.arange(384.0).reshape(16, 24) ** 0.5, intrinsics=camera)
+    packed = bytearray((tmp_path / "flipped.npz").read_bytes())
+    packed[200:260] = bytes(60)
+    (tmp_path / "flipped.npz").write_bytes(packed)
+    Image.fromarray(millimetres().astype(np.uint16)).save(tmp_path / "unitless.png")
+    (tmp_path / "unitless.json").write_text('{"fx": 40, "fy": 41, "cx": 12, "cy": 7, "depth_unit": null}')
+    spoilt = ["empty", "flipped", "unitless"]
+    names = ["large", "blind", "pickled", "cut", "colour", *spoilt, "absent", "../secret", "good"]
     np.savez(tmp_path.parent / "secret.npz", depth=millimetres() / 1000, intrinsics=camera)
     results = DepthFiles(str(tmp_path)).point_maps([picture()] * len(names), names)
     check(results[-1], millimetres() / 1000)
-    reasons = ["not of its picture", "no camera", "cannot be read", "cannot be read", "cannot be read"]
+    reasons = ["not of its picture", "no camera", *["cannot be read"] * 6]
     for result, reason in zip(results, [*reasons, "no depth file", "no depth file"], strict=False):
         assert isinstance(result, DataError)
         assert reason in str(result)

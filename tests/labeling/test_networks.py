@@ -134,6 +134,8 @@ def test_grounding_dino_is_transformers_grounding_dino(
     assert len({name for ours in found for name in ours.names}) > 1
     with pytest.raises(ConfigError, match=r"(?s)too many names.*OWLv2"):
         GroundingDino([f"drawer {letter}" for letter in "abcdefghijklmnop"], str(weights)).prepare()
+    with pytest.raises(ConfigError, match=r"(?s)reads nothing.*u0301"):
+        GroundingDino(["cup", "\u0301"], str(weights)).prepare()
 
 
 def test_owlv2_is_transformers_owlv2(pictures: list[Picture], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -153,6 +155,12 @@ def test_owlv2_is_transformers_owlv2(pictures: list[Picture], tmp_path_factory: 
         np.testing.assert_allclose(ours.scores_N, theirs["scores"], atol=1e-4)
         np.testing.assert_allclose(ours.boxes_N4, theirs["boxes"], atol=0.05)
         assert list(ours.names) == [name.lower() for name in theirs["text_labels"]]
+
+
+def test_names_that_owlv2_has_no_room_for_are_refused(tmp_path: Path) -> None:
+    weights = str(small_owlv2(tmp_path))
+    with pytest.raises(ConfigError, match=r"(?s)too long.*nobody.*at most \d+ tokens"):
+        Owlv2(["cup", "a very long name of some thing that nobody calls so"], weights).prepare()
 
 
 def test_missing_weights_and_names_are_explained(tmp_path: Path) -> None:

@@ -114,6 +114,24 @@ def test_a_second_run_does_only_what_is_new(images: Path, tmp_path: Path) -> Non
     assert detector.seen == []
 
 
+def test_other_images_of_the_same_names_are_not_taken_as_labelled(tmp_path: Path) -> None:
+    write_images(tmp_path / "monday", NAMES[:4])
+    write_images(tmp_path / "tuesday", ["another.jpg", *NAMES[:4]])
+    cheap_run(tmp_path / "monday", tmp_path / "labels", Quadrants()).run(ALONE)
+    detector = Quadrants()
+    with pytest.raises(DataError, match=r"(?s)same names.*4 of the 4.*another folder"):
+        cheap_run(tmp_path / "tuesday", tmp_path / "labels", detector).run(ALONE)
+    assert detector.seen == []
+    # One that was changed, or encoded anew by another version of a library, is no other folder.
+    (tmp_path / "monday" / NAMES[0]).write_bytes((tmp_path / "tuesday" / NAMES[0]).read_bytes())
+    assert cheap_run(tmp_path / "monday", tmp_path / "labels", Quadrants()).run(ALONE).images == 0
+
+
+def test_a_run_without_images_is_refused(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)limit.*at least 1"):
+        cheap_run(images, tmp_path, Quadrants(), limit=0)
+
+
 def test_a_limited_run_does_the_first_images(images: Path, tmp_path: Path) -> None:
     for _ in range(2):
         cheap_run(images, tmp_path, Quadrants(), limit=3).run(ALONE)
@@ -142,11 +160,11 @@ def test_what_fails_is_recorded_and_tried_again_on_request(tmp_path: Path, label
     expected = contents(labels)
     assert contents(tmp_path / "labels") == {name: expected[name] for name in NAMES[:4]}
 
-    detector = Quadrants()
-    assert cheap_run(folder, tmp_path / "labels", detector).run(ALONE).images == 0
+    tally = cheap_run(folder, tmp_path / "labels", Quadrants()).run(ALONE)
+    assert (tally.images, tally.skipped) == (0, 5)
     detector = Quadrants()
     tally = cheap_run(folder, tmp_path / "labels", detector).run(ALONE, retry_failed=True)
-    assert (tally.labelled, tally.failed) == (2, 3)
+    assert (tally.labelled, tally.failed, tally.skipped) == (2, 3, 0)
     # A detector with a memory is told which of its answers were no use.
     assert sorted(detector.forgotten) == ["no masks.jpg", "no points.jpg", "silent.jpg", "surprise.jpg"]
     assert LabelFolder(tmp_path / "labels").failures().keys() == {"broken.jpg", "no masks.jpg", "no points.jpg"}

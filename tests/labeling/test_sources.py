@@ -69,6 +69,21 @@ def test_pictures_of_a_folder_are_upright(orientation: int, ending: str, tmp_pat
     assert (data == path.read_bytes()) == (orientation == 1)
 
 
+def test_other_tags_of_a_turned_picture_may_be_of_any_kind(tmp_path: Path) -> None:
+    # Orientation 6 as a short, XResolution (a ratio, says EXIF) as the text "72": Pillow cannot write that anew.
+    header, entries = b"Exif\0\0MM\0*\0\0\0\x08", [(0x0112, 3, 1, b"\0\x06\0\0"), (0x011A, 2, 3, b"72\0\0")]
+    rows = b"".join(struct.pack(">HHI", *entry[:3]) + entry[3] for entry in entries)
+    exif = header + struct.pack(">H", len(entries)) + rows + bytes(4)
+    stored = np.zeros((32, 48, 3), np.uint8)
+    stored[:, 24:] = 250
+    Image.fromarray(stored).save(tmp_path / "odd.jpg", quality=95, exif=exif)
+    (ref,) = ImageFolder(str(tmp_path)).refs()
+    shown = decode_image(ImageFolder(str(tmp_path)).read(ref), "odd.jpg")
+    assert shown.shape == (48, 32, 3)
+    assert shown[:20].max() < 20
+    assert shown[28:].min() > 230
+
+
 @pytest.fixture(scope="module")
 def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video of 12.5 s at 10 Hz whose frame n has the grey level 2 n, with a key frame every three seconds."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.stages import Stage, _Belt, run_stages
 
 
@@ -45,6 +46,12 @@ def test_everything_passes_every_step_once(count: int, shapes: list[tuple[int, i
     for (batch, _), seen in zip(shapes, sizes, strict=True):
         assert sum(seen) == count
         assert all(1 <= size <= batch for size in seen)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"threads": 0}])
+def test_a_step_that_could_not_work_is_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)step detect.*`parallel`"):
+        Stage("detect", lambda things: None, **sizes)
 
 
 def test_steps_work_at_the_same_time() -> None:

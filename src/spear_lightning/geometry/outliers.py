@@ -86,6 +86,8 @@ def _spacing_in_image(
 ) -> np.ndarray:
     """Return the spacing of a sample of points, with neighbours near it in the image where they are enough."""
     side = 2 * AROUND + 1
+    if spacing.neighbours >= side * side:
+        return spacing(sample)
     number_HW = np.full((known_HW.shape[0] + 2 * AROUND, known_HW.shape[1] + 2 * AROUND), -1)
     number_HW[AROUND:-AROUND, AROUND:-AROUND][known_HW] = np.arange(len(places))
     rows, columns = np.divmod(places[sample], known_HW.shape[1])

@@ -155,8 +155,10 @@ def _progress(split: WorkSplit) -> Iterator[tuple[Progress, Console]]:
 def _summary(tally: Tally, out: str, split: WorkSplit) -> Table:
     share = f" (process {split.rank} of {split.world_size})" if split.world_size > 1 else ""
     table = Table(title=f"{out}{share}", show_header=False)
-    table.add_row("labelled", f"{tally.labelled} of {tally.images} images that had no label")
+    table.add_row("labelled", f"{tally.labelled} of {tally.images} images that were to be labelled")
     table.add_row("failed", f"{tally.failed}" + (", see failures-*.jsonl; --retry_failed" if tally.failed else ""))
+    if tally.skipped:
+        table.add_row("failed before", f"{tally.skipped}, not tried again; --retry_failed does")
     table.add_row("objects", f"{tally.objects}, and {tally.dropped} detections without a box")
     if tally.seconds:
         table.add_row("speed", f"{(tally.labelled + tally.failed) / tally.seconds:.2f} images/s")

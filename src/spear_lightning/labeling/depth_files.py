@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ CAMERA_FILE = "camera.json"
 """Holds the camera of all pictures of a folder that have none of their own."""
 
 FORMATS = "NAME.npz, or NAME.png with NAME.json or camera.json beside it"
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, SyntaxError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, UnidentifiedImageError),
+)
+"""What numpy, zipfile and Pillow raise when a file is empty, cut off or spoilt."""
 
 
 class DepthFiles(Geometry):
@@ -82,7 +89,8 @@ class DepthFiles(Geometry):
         path = self._path(image_id)
         try:
             depth_HW, given = _read_npz(path) if path.suffix == ".npz" else _read_png(path)
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, UnidentifiedImageError) as error:
+            unit = float(given.get("depth_unit", self.depth_unit))
+        except _UNREADABLE as error:
             raise DataError(
                 "A depth file cannot be read",
                 where=path,
@@ -99,7 +107,7 @@ class DepthFiles(Geometry):
             )
         if camera is None:
             camera = _camera(given, size, path)
-        return unprojected(depth_HW * float(given.get("depth_unit", self.depth_unit)), camera, self.unit)
+        return unprojected(depth_HW * unit, camera, self.unit)
 
     def _path(self, image_id: str) -> Path:
         root = self.folder.resolve()

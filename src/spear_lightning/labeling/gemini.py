@@ -117,8 +117,9 @@ class Gemini(Detector):
         """Open the connection; the processes of a run share the requests per minute.
 
         Raises:
-            ConfigError: If google-genai is not installed or there is no key.
+            ConfigError: If google-genai is not installed, there is no key, or replies cannot be kept.
         """
+        self.cache.require_writable()
         pacer = Pacer(self._rate / WorkSplit.from_environment().world_size)
         self.api = GeminiApi(self._model, pacer, self._patience, self._base_url)
 

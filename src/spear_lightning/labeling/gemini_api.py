@@ -144,6 +144,11 @@ class GeminiApi:
                 wait, reason = None, self._clean(error)
             except self._transport_error as error:
                 raise DataError("Gemini did not answer", where=self.model, found=self._clean(error)) from None
+            except (AttributeError, TypeError) as error:
+                # The SDK expects objects in some places of a body. Not asked again: it may have been paid for.
+                raise DataError(
+                    "A reply has another form than Gemini's", where=self.model, found=self._clean(error)
+                ) from None
             if attempt < self._patience.attempts:
                 backoff = self._patience.first_wait_s * 2 ** (attempt - 1) * random.uniform(1, 1.25)
                 seconds = min(max(backoff, wait or 0), self._patience.longest_wait_s)
@@ -201,8 +206,17 @@ def _transport_errors() -> tuple[tuple[type[Exception], ...], tuple[type[Excepti
 
 def _key(environment: Mapping[str, str]) -> str:
     for name in KEY_VARIABLES:
-        if environment.get(name):
-            return environment[name]
+        key = environment.get(name, "").strip()
+        if key and not (key.isascii() and key.isprintable() and " " not in key):
+            # No header can hold it; what complains of that quotes it, in a form that `_clean` would not know.
+            raise ConfigError(
+                "This is no key for Gemini",
+                where=f"environment variable {name}",
+                found="line breaks, spaces or letters beyond ASCII",
+                expected="one word, as Google gives it",
+            )
+        if key:
+            return key
     raise ConfigError(
         "There is no key for Gemini",
         where="environment",
@@ -223,7 +237,8 @@ def _asked_wait(error: Any) -> float | None:
             return parsedate_to_datetime(header).timestamp() - time.time()
         except (ValueError, TypeError):
             return None
-    details = error.details.get("error", {}).get("details", []) if isinstance(error.details, dict) else []
+    said = error.details.get("error") if isinstance(error.details, dict) else None
+    details = said.get("details") if isinstance(said, dict) else None
     for detail in details if isinstance(details, list) else []:
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
         if isinstance(delay, str) and delay.endswith("s"):

@@ -56,8 +56,8 @@ class LabelFolder:
         self._writer: LabelWriter | None = None
         self._failures: BinaryIO | None = None
 
-    def done(self) -> set[str]:
-        """Return the ids of all images that have a label.
+    def done(self) -> dict[str, str]:
+        """Return the ids of all images that have a label, and the hash (SHA-256) of each one's bytes.
 
         Raises:
             DataError: If a shard is broken.
@@ -65,10 +65,11 @@ class LabelFolder:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        ids: set[str] = set()
+        hash_of: dict[str, str] = {}
         for path in sorted(self.folder.glob("*.parquet")):
             try:
-                ids.update(pq.read_table(path, columns=["image_id"]).column(0).to_pylist())
+                rows = pq.read_table(path, columns=["image_id", "image_sha256"])
+                hash_of.update(zip(*(column.to_pylist() for column in rows.columns), strict=True))
             except (OSError, pa.ArrowInvalid, KeyError) as error:
                 raise DataError(
                     "A file of labels cannot be read",
@@ -76,7 +77,7 @@ class LabelFolder:
                     found=error,
                     remedy="delete it; its images are then labelled again",
                 ) from error
-        return ids
+        return hash_of
 
     def failures(self) -> dict[str, ImageFailure]:
         """Return image id -> the last failure, for images that have no label.
@@ -96,7 +97,7 @@ class LabelFolder:
                         "A line of failures cannot be understood", where=f"{path}, line {number}", found=error
                     ) from error
                 found[failure.image_id] = failure
-        done = self.done() if found else set()
+        done = self.done() if found else {}
         return {name: failure for name, failure in found.items() if name not in done}
 
     def require_made_by(self, provenance: Mapping[str, str]) -> None:

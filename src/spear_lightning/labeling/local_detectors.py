@@ -139,7 +139,7 @@ class GroundingDino(LocalDetector):
 
         Raises:
             CheckpointError: If they cannot be loaded.
-            ConfigError: If the names are too many for the network.
+            ConfigError: If the names are too many for the network, or it cannot read one.
         """
         super().prepare(device)
         limit = self._network.config.max_text_len
@@ -158,6 +158,13 @@ class GroundingDino(LocalDetector):
             inside = [start <= first and first < last <= end for first, last in encoded.offset_mapping]
             self._tokens_of_name.append(torch.tensor(inside).nonzero()[:, 0])
             start = end + 2
+        unread = [
+            name for name, tokens in zip(self._names, self._tokens_of_name, strict=True) if not tokens.numel()
+        ]
+        if unread:
+            raise ConfigError(
+                "The network reads nothing in these names", where="detector.names", found=list(map(ascii, unread))
+            )
 
     def _inputs(self, images: list[np.ndarray]) -> Any:
         return self._processor(images=images, text=[self._text] * len(images), return_tensors="pt")
@@ -199,9 +206,31 @@ class Owlv2(LocalDetector):
 
         return Owlv2Processor.from_pretrained(weights), Owlv2ForObjectDetection.from_pretrained(weights)
 
+    def prepare(self, device: torch.device | str = "cpu") -> None:
+        """Load processor and network.
+
+        Raises:
+            CheckpointError: If they cannot be loaded.
+            ConfigError: If a name is too long for the network.
+        """
+        super().prepare(device)
+        limit = self._network.config.text_config.max_position_embeddings
+        lengths = map(len, self._processor.tokenizer(self._texts(), padding=False).input_ids)
+        long = {name: length for name, length in zip(self._names, lengths, strict=True) if length > limit}
+        if long:
+            raise ConfigError(
+                "Names are too long for the network",
+                where="detector.names",
+                found=long,
+                expected=f"at most {limit} tokens, `a photo of a` and both ends among them",
+                remedy="say them shorter",
+            )
+
+    def _texts(self) -> list[str]:
+        return [f"a photo of a {name}" for name in self._names]
+
     def _inputs(self, images: list[np.ndarray]) -> Any:
-        texts = [[f"a photo of a {name}" for name in self._names]] * len(images)
-        return self._processor(images=images, text=texts, return_tensors="pt")
+        return self._processor(images=images, text=[self._texts()] * len(images), return_tensors="pt")
 
     def _found(self, outputs: Any, sizes_B2: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         results = self._processor.image_processor.post_process_object_detection(outputs, self._min_score, sizes_B2)

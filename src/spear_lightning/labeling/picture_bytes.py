@@ -27,20 +27,33 @@ def upright(data: bytes) -> bytes:
     Returns:
         The same bytes where there is no such tag or they cannot be read; else new ones without it.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            if picture.getexif().get(_ORIENTATION, 1) == 1:
+            # Pillow's own way writes all other tags anew, and breaks on the odd ones that cameras leave behind.
+            turn = _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+            if turn is None:
                 return data
-            turned_HW3 = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError):
+            turned_HW3 = np.asarray(picture.convert("RGB").transpose(Image.Transpose[turn]))
+    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error, Image.DecompressionBombError):
         # The step that decodes says what is wrong.
         return data
     return _encoded_like(data, turned_HW3)
 
 
 _ORIENTATION = 0x0112
+
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+"""Value of the tag -> what turns the stored pixels upright."""
 
 
 def red_first(data: bytes, where: object) -> bytes:

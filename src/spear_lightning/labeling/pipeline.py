@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
 from spear_lightning.errors import ConfigError, DataError, SpearError
+from spear_lightning.geometry.outliers import evenly
 from spear_lightning.labeling.assembly import DROPPED, Evidence, ObjectFilter, gather
 from spear_lightning.labeling.box_pool import BoxPool
 from spear_lightning.labeling.detections import DetectionFilter, Detections
@@ -32,6 +35,9 @@ log = logging.getLogger(__name__)
 MOST_PROCESSES = 8
 """Processes that fit boxes, unless more are asked for: as many as a fast GPU keeps at work."""
 
+COMPARED = 8
+"""Labelled images that are read again before a run goes on, to see that they are those of the labels."""
+
 GPU_THREADS = 2
 """Batches of a network under way at the same time: one is prepared or fetched while the GPU works on another."""
 
@@ -46,6 +52,7 @@ class Tally:
         images: Images that it has to do.
         labelled: Images with a label.
         failed: Images without.
+        skipped: Images that failed in an earlier run and are not tried again.
         objects: Objects with a label.
         dropped: Detections that became no object.
         costs: What the detector says it has cost.
@@ -56,6 +63,7 @@ class Tally:
     images: int
     labelled: int = 0
     failed: int = 0
+    skipped: int = 0
     objects: int = 0
     dropped: int = 0
     costs: str = ""
@@ -111,6 +119,10 @@ class LabelingRun:
         smallest = min(shard_size, decode_threads, geometry_batch, max_failures_in_a_row, box_processes + 1)
         if smallest < 1:
             raise ConfigError("Sizes of a labelling run must be positive", found=smallest)
+        if limit is not None and limit < 1:
+            raise ConfigError(
+                "A labelling run needs an image", where="limit", found=limit, expected="at least 1, or null"
+            )
         self.out, self.source = out, source
         self._detector, self._segmenter, self._geometry = detector, segmenter, geometry
         self._detections, self._recipe, self._objects = detections, boxes, objects
@@ -151,9 +163,12 @@ class LabelingRun:
         """
         folder = LabelFolder(self.out, split, self._shard_size)
         folder.require_made_by(self.provenance)
-        failed_before = folder.failures().keys()
-        todo = self._todo(split, folder.done() if retry_failed else folder.done() | failed_before)
-        tally = Tally(len(todo))
+        failed_before, hash_of = folder.failures().keys(), folder.done()
+        refs = self._refs(split)
+        self._require_same_images(refs, hash_of)
+        left = [ref for ref in refs if ref.image_id not in hash_of]
+        todo = [ref for ref in left if retry_failed or ref.image_id not in failed_before]
+        tally = Tally(len(todo), skipped=len(left) - len(todo))
         progress(tally)
         if not todo:
             return tally
@@ -192,11 +207,30 @@ class LabelingRun:
                         remedy="mend it, and go on with the same command and --retry_failed",
                     )
 
-    def _todo(self, split: WorkSplit, settled: set[str]) -> list[ImageRef]:
+    def _refs(self, split: WorkSplit) -> list[ImageRef]:
+        """Return this process's share of the images."""
         refs = list(itertools.islice(self.source.refs(), self._limit))
         if len({ref.image_id for ref in refs}) < len(refs):
             raise DataError("Two images of the source have one name", where=self.source.name)
-        return [ref for ref in refs if ref.image_id not in settled and split.owns(ref.group)]
+        return [ref for ref in refs if split.owns(ref.group)]
+
+    def _require_same_images(self, refs: Sequence[ImageRef], hash_of: Mapping[str, str]) -> None:
+        """Refuse a folder whose labels are of other images that bear the same names, going by a few of them."""
+        done = [ref for ref in refs if ref.image_id in hash_of]
+        alike = []
+        for number in evenly(len(done), min(len(done), COMPARED)):
+            with suppress(SpearError, OSError):
+                found = hashlib.sha256(self.source.read(done[number])).hexdigest()
+                alike.append(found == hash_of[done[number].image_id])
+        # Another version of a library may turn or encode some in another way: then most are still the same.
+        if 2 * sum(alike) < len(alike):
+            raise DataError(
+                "The folder has labels of other images with the same names",
+                where=self.out,
+                found=f"{len(alike) - sum(alike)} of the {len(alike)} that were compared differ",
+                expected=f"labels of the images of {self.source.name!r}",
+                remedy="write into another folder (`out`)",
+            )
 
     def _finish(self, job: ImageJob, folder: LabelFolder, tally: Tally) -> bool:
         """Write a job's outcome; return whether it failed."""

@@ -10,7 +10,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spear_lightning.errors import DataError
+from spear_lightning.errors import ConfigError, DataError
 
 _LOCKS = 1024
 
@@ -36,6 +36,7 @@ class ReplyCache:
     """A folder of replies; threads and processes may share it.
 
     A reply is named by a hash of the question. It is written under a temporary name and renamed when it is whole.
+    Threads do not ask the same at the same time; two processes whose pictures are equal to the last byte might.
 
     Args:
         folder: Where they are; made if need be.
@@ -44,6 +45,20 @@ class ReplyCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
+
+    def require_writable(self) -> None:
+        """Write a file and remove it again, before anything is paid for that could not be kept.
+
+        Raises:
+            ConfigError: If that fails.
+        """
+        probe = self.folder / f".{os.getpid()}.probe"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"1")
+            probe.unlink()
+        except OSError as error:
+            raise _not_writable(self.folder, error) from error
 
     @staticmethod
     def key(image: bytes, *question: str) -> str:
@@ -75,15 +90,22 @@ class ReplyCache:
             ) from error
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; it is safely on disk when this returns."""
+        """Keep a reply; it is safely on disk when this returns.
+
+        Raises:
+            ConfigError: If it cannot be written: other replies could not either.
+        """
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(reply), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(asdict(reply), file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise _not_writable(path, error) from error
 
     def drop(self, key: str) -> None:
         """Forget a reply."""
@@ -92,3 +114,13 @@ class ReplyCache:
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.json"
+
+
+def _not_writable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        "Paid replies cannot be kept",
+        where=path,
+        found=error,
+        expected="a folder that can be written to",
+        remedy="mend it, or name another: `detector.cache`",
+    )

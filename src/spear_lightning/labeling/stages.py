@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from spear_lightning.errors import ConfigError
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,15 @@ class Stage(Generic[T]):
     batch: int = 1
     threads: int = 1
     busy_s: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.threads < 1:
+            raise ConfigError(
+                "A step needs a thread, and batches of one thing at least",
+                where=f"step {self.name}",
+                found=f"{self.threads} threads, batches of {self.batch}",
+                remedy="set `batch_size` and `parallel` of that part to 1 or more",
+            )
 
 
 class _Stopped(Exception):

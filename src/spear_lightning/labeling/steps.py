@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
@@ -18,7 +20,10 @@ from spear_lightning.labeling.sources import ImageRef
 
 T = TypeVar("T")
 
-RECORDED = (SpearError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError)
+RECORDED = (
+    *(SpearError, RuntimeError, ValueError, ArithmeticError, LookupError, OSError),
+    *(EOFError, zlib.error, struct.error),
+)
 """Errors that cost one image its label. Others are mistakes of ours and end the run."""
 
 FATAL = (ConfigError, CheckpointError, BrokenExecutor)

@@ -133,6 +133,14 @@ def test_outliers_go_and_a_noisy_slanted_surface_stays() -> None:
     assert inliers(np.stack([u * depth, v * depth, depth], axis=-1), np.ones(u.shape, bool)).mean() > 0.99
 
 
+def test_there_may_be_more_neighbours_than_pixels_around_one() -> None:
+    v, u = np.mgrid[:40, :50] / 100
+    points = np.stack([u, v, np.ones_like(u)], axis=-1)
+    points[20, 25, 2] = 4.0
+    kept = inliers(points, np.ones(u.shape, bool), neighbours=100)
+    assert np.flatnonzero(~kept).tolist() == [20 * 50 + 25]
+
+
 def test_the_shortcut_past_the_neighbour_search_changes_no_answer() -> None:
     from scipy.spatial.distance import cdist
 

@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spear_lightning import cli
 from spear_lightning.errors import ConfigError
-from spear_lightning.planning.commands import main
+from spear_lightning.planning.commands import _days, main
 from spear_lightning.planning.experiment import Experiment, merged, read_experiment
 from spear_lightning.planning.memory import memory_of, share
 from spear_lightning.planning.throughput import GPUS, speed_of
@@ -131,6 +131,13 @@ def test_arguments_that_are_mappings_are_replaced(tmp_path: Path, capsys: pytest
     assert found["cameras"].keys() == line["cameras"].keys() == {"front"}
     assert found["chunks"] == line["chunks"] == {"horizon": 7, "rate_hz": 5.0, "mode": "cumulative"}
     assert found["shares"] == line["shares"]
+
+
+def test_days_count_all_batches_of_a_step(experiment: Experiment) -> None:
+    phases = replace(experiment, starts={"align": 0, "all": 10_000}, max_steps=30_000)
+    assert phases.batches == 1
+    assert _days(phases, [8.64, 4.32]) == pytest.approx([1.0, 1.0])
+    assert _days(replace(phases, batches=4), [8.64, 4.32]) == pytest.approx([4.0, 4.0])
 
 
 def test_the_command_prints_a_plan_and_says_if_it_fits(capsys: pytest.CaptureFixture[str]) -> None:

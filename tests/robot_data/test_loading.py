@@ -16,6 +16,7 @@ from spear_lightning.batches import RobotBatch
 from spear_lightning.errors import CheckpointError, ConfigError, DataError
 from spear_lightning.robot_data.chunks import ChunkSpec, read_chunks
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
+from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.robot_data.images import CameraSpec, decode_image, fit_image
 from spear_lightning.robot_data.loader import FiniteLoader, ResumableLoader
 from spear_lightning.robot_data.robot_mixture import RobotMixture
@@ -134,6 +135,29 @@ def test_fingerprint_follows_the_data_and_not_its_place(
     other_split = RobotMixture(tmp_path / "copy", {"bridge": 1.0}, ChunkSpec(), seed=1, **options)
     assert same.fingerprint() == mixture.fingerprint()
     assert other_split.fingerprint() != mixture.fingerprint()
+
+
+def test_data_that_are_read_otherwise_are_other_data_with_statistics_of_their_own(
+    demo_root: Path, tmp_path: Path
+) -> None:
+    def mixture_at(scale: float) -> RobotMixture:
+        registry = tmp_path / f"{scale}.yaml"
+        position = f"{{key: observation/state, slice: [0, 3], scale: {scale}}}"
+        registry.write_text(f"schema: 1\ndatasets:\n  bridge:\n    position: {position}\n")
+        options = {"index_folder": tmp_path / "index", "registry": registry}
+        return RobotMixture(demo_root, {"bridge": 1.0}, ChunkSpec(), **options)
+
+    whole, half = mixture_at(1.0), mixture_at(0.5)
+    assert whole.fingerprint() != half.fingerprint()
+    np.testing.assert_allclose(
+        np.array(half.statistics().position_high), np.array(whole.statistics().position_high) / 2, atol=1e-3
+    )
+
+
+def test_a_data_set_without_a_whole_chunk_is_named(tmp_path: Path) -> None:
+    write_demo_episodes(tmp_path, episodes=4, steps=4)
+    with pytest.raises(DataError, match=r"(?s)long enough.*of 4 frames.*leave bridge out"):
+        RobotMixture(tmp_path, {"bridge": 1.0}, ChunkSpec(rate_hz=1.0), index_folder=tmp_path / "index")
 
 
 @pytest.mark.parametrize("rate_hz", [5.0, 2.0, 1.0])

@@ -8,6 +8,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -209,6 +210,20 @@ def test_what_cannot_work_is_said_before_the_first_step(experiment: dict[str, An
         assert not list((run / "checkpoints").glob("*.ckpt"))
     with pytest.raises(ConfigError, match="steps between"):
         ClosedLoopEvaluation(every_steps=0)
+
+
+def test_a_machine_that_is_taken_away_is_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[bool] = []
+    monkeypatch.setattr(
+        ClosedLoopEvaluation, "_evaluate_if_due", lambda self, trainer, module, due: evaluated.append(due)
+    )
+    callback, signals = ClosedLoopEvaluation(every_steps=1000), StopOnSignal()
+    trainer: Any = SimpleNamespace(callbacks=[signals, callback])
+    module: Any = None
+    callback.on_train_end(trainer, module)
+    signals.stopped = True
+    callback.on_train_end(trainer, module)
+    assert evaluated == [True]
 
 
 class Trained(nn.Module):

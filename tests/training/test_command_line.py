@@ -122,6 +122,58 @@ def test_resume_with_an_allowed_change_goes_on(tmp_path: Path, whole_run: Path, 
     assert sorted(logged(tmp_path, LOSS)) == [9, 10]
 
 
+def test_an_allowed_change_of_the_recipe_reaches_the_optimizer(
+    tmp_path: Path, whole_run: Path, data_options: list[str]
+) -> None:
+    checkpoint = f"--ckpt_path={whole_run / 'checkpoints' / 'step_0000009.ckpt'}"
+    changes = {"lr": 1e-4, "weight_decay": 0.5, "eps": 1e-6}
+    allowed = ["trainer.max_steps", *(f"model.recipe.{name}" for name in changes)]
+    options = [f"--model.recipe.{name}={value}" for name, value in changes.items()]
+    options += ["--trainer.max_steps=10", f"--resume_allow=[{', '.join(allowed)}]"]
+    assert fit(tmp_path, data_options, checkpoint, *options) == 0
+    saved = torch.load(tmp_path / "checkpoints" / "step_0000010.ckpt", weights_only=True)
+    (optimizer,) = saved["optimizer_states"]
+    before = torch.load(whole_run / "checkpoints" / "step_0000009.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["name"] for group in optimizer["param_groups"]] == [
+        group["name"] for group in before["param_groups"]
+    ]
+    for group in optimizer["param_groups"]:
+        assert group["eps"] == 1e-6
+        assert group["weight_decay"] == (0.0 if group["name"].endswith("no_decay") else 0.5)
+        # A phase may name rates of its own; the others have the recipe's.
+        assert group["lr"] <= group["peak_lr"]
+    rates = {group["name"]: group["peak_lr"] for group in optimizer["param_groups"]}
+    old = {group["name"]: group["peak_lr"] for group in before["param_groups"]}
+    assert 1e-4 in {rate for name, rate in rates.items() if rate != old[name]}
+
+
+def test_a_policy_starts_from_no_checkpoint_that_reads_other_words(
+    tmp_path: Path, data_options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    size, steps = "--model.policy.vla.vlm.language.vocab_size=264", "--trainer.max_steps=1"
+    words = "--model.policy.prompt.words="
+    assert fit(tmp_path / "first", data_options, size, steps, f"{words}[red, green]") == 0
+    source = f"--model.init_from={tmp_path / 'first' / 'checkpoints' / 'step_0000001.ckpt'}"
+    assert fit(tmp_path / "second", data_options, size, steps, source, f"{words}[green, red]") == 1
+    assert "tokenizer is not the checkpoint's" in capsys.readouterr().err
+
+
+def test_addresses_and_files_of_the_data_are_kept_as_what_they_are(
+    tmp_path: Path, data_options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("registry.yaml").write_text("schema: 1\ndatasets: {}\n")
+    root = data_options[0].removeprefix("--data.root=")
+    options = [f"--data.root=local://{root}", data_options[1], "--data.registry=registry.yaml"]
+    assert fit(tmp_path / "run", options, "--trainer.max_steps=1") == 0
+    monkeypatch.chdir(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000001.ckpt"
+    kept = torch.load(checkpoint, weights_only=True)["spear"]["run"]["data"]["init_args"]
+    assert kept["root"] == f"local://{root}"
+    assert kept["registry"] == str(tmp_path / "registry.yaml")
+    assert cli.main(["validate", f"--ckpt_path={checkpoint}"]) == 0
+
+
 def test_warm_start_takes_averaged_weights_and_nothing_else(
     tmp_path: Path, whole_run: Path, data_options: list[str]
 ) -> None:

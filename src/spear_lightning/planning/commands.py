@@ -113,8 +113,8 @@ def _print(experiment: Experiment, plans: dict[str, tuple[Memory, Speed]], gpus:
         table.add_row(label, *(f"{value(memory) / 2**30:.1f}" for memory, _ in plans.values()))
     table.add_section()
     speeds = [speed for _, speed in plans.values()]
-    table.add_row("compute s/step", *(f"{speed.compute:.3f}" for speed in speeds))
-    table.add_row("messages s/step", *(f"{speed.communication:.3f}" for speed in speeds))
+    table.add_row("compute s/batch", *(f"{speed.compute:.3f}" for speed in speeds))
+    table.add_row("messages s/batch", *(f"{speed.communication:.3f}" for speed in speeds))
     table.add_row("samples/s", *(f"{speed.samples_per_second:.0f}" for speed in speeds))
     days = _days(experiment, [speed.step for speed in speeds])
     table.add_row("days", *(f"{value:.2f}" if value is not None else "?" for value in days))
@@ -131,4 +131,6 @@ def _days(experiment: Experiment, step_seconds: list[float]) -> list[float | Non
         return [None] * len(step_seconds)
     starts = [*experiment.starts.values(), experiment.max_steps]
     lengths = [max(0, later - earlier) for earlier, later in itertools.pairwise(starts)]
-    return [length * seconds / 86400 for length, seconds in zip(lengths, step_seconds, strict=True)]
+    # An optimizer step of several batches is counted as so many steps: a little too long.
+    batches = [length * experiment.batches for length in lengths]
+    return [number * seconds / 86400 for number, seconds in zip(batches, step_seconds, strict=True)]

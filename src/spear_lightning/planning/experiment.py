@@ -32,7 +32,8 @@ class Experiment:
         starts: Phase name -> optimizer step at which it begins.
         cameras: Camera name -> size.
         horizon: Actions in a chunk; 0 for a VLM.
-        batch_size: Samples of an optimizer step, over all processes.
+        batch_size: Samples of a batch, over all processes.
+        batches: Batches of an optimizer step, whose gradients are added up.
         max_steps: Optimizer steps.
         sharded: Whether weights and state are divided among processes.
         shard_size: Processes among which one copy is divided; `None` for all.
@@ -50,6 +51,7 @@ class Experiment:
     cameras: dict[str, CameraSpec]
     horizon: int
     batch_size: int
+    batches: int
     max_steps: int
     sharded: bool
     shard_size: int | None
@@ -90,6 +92,7 @@ def read_experiment(paths: Sequence[str | Path]) -> Experiment:
         cameras={name: CameraSpec(**camera) for name, camera in data.get("cameras", {}).items()},
         horizon=data.get("chunks", {}).get("horizon", 5) if hasattr(module, "policy") else 0,
         batch_size=data.get("batch_size", 1),
+        batches=trainer.get("accumulate_grad_batches", 1),
         max_steps=trainer.get("max_steps", -1),
         sharded=isinstance(strategy, Mapping) and str(strategy["class_path"]).endswith("ShardedStrategy"),
         shard_size=options.get("shard_size"),

@@ -221,10 +221,8 @@ def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> list[s
         CheckpointError: If architecture or tokenizer differ.
     """
     stored = read_answerer(path)
-    probe = ["Put the red-ish cup on plate 7.", "über"]
     trained = PromptTokenizer.from_json(stored.description["tokenizer"])
-    same = prompt.vocabulary.encode(probe) == trained.vocabulary.encode(probe)
-    if not same or prompt.words != trained.words:
+    if not prompt.gives_the_ids_of(trained):
         raise CheckpointError(
             "The policy's tokenizer is not the SPEAR-VLM's",
             where="policy.prompt.tokenizer, policy.prompt.words",

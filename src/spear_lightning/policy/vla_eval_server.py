@@ -237,8 +237,8 @@ def main() -> None:
     """Serve a checkpoint; the harness's own options, but on the loopback interface unless told otherwise."""
     from vla_eval.model_servers.serve import run_server
 
-    if not any(argument.split("=")[0] in ("--address", "--host") for argument in sys.argv[1:]):
-        sys.argv += ["--host", "127.0.0.1"]
+    # First, so that a host that is told wins; an address without one, as `:8001`, does not open all interfaces.
+    sys.argv[1:1] = ["--host", "127.0.0.1"]
     run_server(CheckpointServer)
 
 

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from spear_lightning.robot_data.chunks import ChunkSpec
+import numpy as np
+
+from spear_lightning.errors import DataError
+from spear_lightning.robot_data.chunks import ChunkSpec, frames_ahead
 from spear_lightning.robot_data.frame_cache import CacheKind, FrameCache
 from spear_lightning.robot_data.frame_cache_build import ensure_frame_caches
 from spear_lightning.robot_data.images import CameraSpec
@@ -77,6 +80,15 @@ class RobotMixture:
             wordless = keep_without_instruction or not entry.instruction
             kept, held = split_episodes(index, holdout, wordless, seed)
             self.training.append(SampleSource(index, kept, chunks))
+            if len(self.training[-1]) == 0:
+                longest = np.diff(index.episode_starts)[kept].max()
+                raise DataError(
+                    "No episode of the data set is long enough for a chunk",
+                    where=index.folder,
+                    found=f"{len(kept)} episodes to train on, the longest of {longest} frames",
+                    expected=f"a frame to start from, and {frames_ahead(index.rate_hz, chunks)} after it",
+                    remedy=f"leave {entry.id} out of data.mixture, or change data.chunks",
+                )
             self.held_out.append(SampleSource(index, held, chunks))
         sizes = {dataset: len(source) for dataset, source in zip(weights, self.training, strict=True)}
         self.shares = mixture_shares(weights, sizes, weighting, shares)
@@ -106,7 +118,10 @@ class RobotMixture:
 
     def statistics(self) -> MixtureStatistics:
         """Return the mixture's quantiles: computed once, then read from a file beside the indexes."""
-        digest = hashlib.sha256(json.dumps([asdict(self.chunks), self.fingerprint()]).encode()).hexdigest()[:12]
+        # The names of indexes change with the files that they were made of.
+        indexes = [source.index.folder.name for source in self.training]
+        told = json.dumps([asdict(self.chunks), self.fingerprint(), indexes])
+        digest = hashlib.sha256(told.encode()).hexdigest()[:12]
         path = self._index_root / f"statistics-{digest}.json"
         if path.is_file():
             return read_statistics(path)

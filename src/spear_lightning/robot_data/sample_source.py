@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -36,8 +37,9 @@ class SampleSource:
         return int(self._cumulative[-1])
 
     def fingerprint(self) -> str:
-        """Return a short hash of which frames these are, wherever the data lies on disk."""
-        digest = hashlib.sha256(self.index.dataset.encode())
+        """Return a short hash of which frames these are and how they are read, wherever the data lies on disk."""
+        told = [self.index.dataset, self.index.description.get("conventions")]
+        digest = hashlib.sha256(json.dumps(told).encode())
         for part in (self.episodes, self._first, self._cumulative, self.index.episode_starts[self.episodes]):
             digest.update(np.ascontiguousarray(part, np.int64).tobytes())
         return digest.hexdigest()[:16]

@@ -119,6 +119,11 @@ class SpearModule(L.LightningModule):
         """Build the optimizer and schedule from the recipe."""
         return self.recipe.configure(self)
 
+    def on_train_start(self) -> None:
+        """Let a resumed optimizer follow the configuration, where `resume_allow` lets that differ."""
+        if self.resuming:
+            self.recipe.renew(self)
+
     def configure_gradient_clipping(
         self,
         optimizer: Any,

@@ -171,9 +171,19 @@ class RunCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _save_once(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            step, epoch = torch.tensor(trainer.global_step), torch.tensor(trainer.current_epoch)
-            self._save_checkpoint(trainer, self.format_checkpoint_name({"step": step, "epoch": epoch}))
+        if self._last_global_step_saved == trainer.global_step:
+            return
+        now = {"step": torch.tensor(trainer.global_step), "epoch": torch.tensor(trainer.current_epoch)}
+        if self.save_top_k > 0:
+            # It takes the place of the oldest that is kept.
+            self._save_topk_checkpoint(trainer, now)
+        else:
+            self._save_checkpoint(trainer, self.format_checkpoint_name(now))
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        # Lightning never removes the one that a run was resumed from: every pre-emption would leave one for good.
+        folder = Path(self.dirpath or "").absolute()
+        return previous != current and folder in Path(previous).absolute().parents
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         # As Lightning does, but in the background; loggers may upload it, so they are told when it is complete.

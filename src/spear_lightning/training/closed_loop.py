@@ -32,6 +32,7 @@ from spear_lightning.evaluation.report import RESULT_FILE, rate_of, read_result,
 from spear_lightning.evaluation.shards import EvaluationError
 from spear_lightning.policy import Policy
 from spear_lightning.training.ema import ExponentialMovingAverage
+from spear_lightning.training.preemption import StopOnSignal
 from spear_lightning.training.vla_module import VLAModule
 
 if TYPE_CHECKING:
@@ -134,7 +135,9 @@ class ClosedLoopEvaluation(Callback):
         self._evaluate_if_due(trainer, pl_module, due=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the last step."""
+        """Evaluate the last step, unless the machine is about to be taken away."""
+        if any(isinstance(callback, StopOnSignal) and callback.stopped for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            return
         self._evaluate_if_due(trainer, pl_module, due=self.at_end)
 
     def _evaluate_if_due(self, trainer: L.Trainer, pl_module: L.LightningModule, due: bool) -> None:

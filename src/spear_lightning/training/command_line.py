@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from spear_lightning.errors import CheckpointError, ConfigError, SpearError
 from spear_lightning.policy import read_checkpoint
+from spear_lightning.robot_data.storage import data_path
 from spear_lightning.training.base_module import SpearModule
 from spear_lightning.training.checkpoint_files import WholeFileCheckpointIO, newest_checkpoint
 from spear_lightning.training.configuration import KEPT_SECTIONS
@@ -106,8 +107,10 @@ class SpearCLI(LightningCLI):
         self._dump_config()
         # A checkpoint must find its data from any working directory.
         data = self.config_dump.get("data", {}).get("init_args", {})
-        if data.get("root") is not None:
-            data["root"] = str(Path(data["root"]).expanduser().absolute())
+        for key in ("root", "registry", "index_folder"):
+            if data.get(key) is not None:
+                place = data_path(data[key])
+                data[key] = str(place.absolute() if isinstance(place, Path) else place)
         options = self.config_init[self.subcommand]
         options["ckpt_path"] = self._resolve_checkpoint(options.get("ckpt_path"))
         if self.subcommand == "fit" and options["ckpt_path"] is not None:

@@ -27,6 +27,8 @@ FREE_KEYS = (
     "data.num_threads",
     "data.root",
     "data.index_folder",
+    # What it says of the data sets used is compared with the data.
+    "data.registry",
     "data.validation_batch_size",
     "data.prefetch",
 )

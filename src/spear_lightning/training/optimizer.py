@@ -142,9 +142,7 @@ class OptimizerRecipe:
         Raises:
             ConfigError: If nothing trains, or the number of steps is not known.
         """
-        source = next((item for item in module.trainer.callbacks if isinstance(item, ComponentSource)), None)  # type: ignore[attr-defined]
-        components = source.components(module) if source else [everything(module)]
-        optimizer = self.optimizer(self.groups(components))
+        optimizer = self.optimizer(self.groups(_components(module)))
         total = self.total_steps or module.trainer.max_steps
         if total <= 0:
             raise ConfigError(
@@ -155,6 +153,18 @@ class OptimizerRecipe:
             )
         scheduler = WarmupCosine(optimizer, self.warmup_steps, total, self.final_lr_fraction)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def renew(self, module: SpearModule) -> None:
+        """Give the groups of a resumed optimizer what this recipe says: the same, unless a change was allowed."""
+        named = {group["name"]: group for group in self.groups(_components(module))}
+        for optimizer in module.trainer.optimizers:
+            for group in optimizer.param_groups:
+                own = named[group["name"]]
+                group.update({key: own[key] for key in ("peak_lr", "initial_lr", "weight_decay")})
+                group.update(betas=self.betas, eps=self.eps)
+        for config in module.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupCosine):
+                config.scheduler.refresh()
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups."""
@@ -189,6 +199,12 @@ class OptimizerRecipe:
                     {"params": spared, "name": f"{component.name}/no_decay", "weight_decay": 0.0, **shared}
                 )
         return groups
+
+
+def _components(module: SpearModule) -> list[Component]:
+    """Return what trains now: what a freeze schedule says, or everything."""
+    source = next((item for item in module.trainer.callbacks if isinstance(item, ComponentSource)), None)  # type: ignore[attr-defined]
+    return source.components(module) if source else [everything(module)]
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:

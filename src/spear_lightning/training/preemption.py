@@ -29,10 +29,14 @@ class StopOnSignal(Callback):
 
     Args:
         signals: Names of the signals.
+
+    Attributes:
+        stopped: Whether it has ended the training.
     """
 
     def __init__(self, signals: tuple[str, ...] = ("SIGTERM", "SIGUSR1")) -> None:
         self.signals = [signal.Signals[name] for name in signals]
+        self.stopped = False
         self._received = False
         self._before: dict[signal.Signals, Any] = {}
         self._last_step = 0
@@ -66,7 +70,9 @@ class StopOnSignal(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, RunCheckpoint):
                 callback.save_now(trainer)
-        trainer.should_stop = True
+        self.stopped = trainer.should_stop = True
+        # The time until the machine is taken away is short, and Lightning would validate before it ends.
+        trainer.limit_val_batches = 0
 
     def _anyone_told(self) -> bool:
         if self._group is None:

@@ -27,6 +27,7 @@ from spear_lightning.policy.vla_eval_server import PolicyServer
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.training import ClosedLoopEvaluation, ExponentialMovingAverage
 from spear_lightning.training.closed_loop import averages_in_eval_mode
+from spear_lightning.training.preemption import StopOnSignal
 
 TESTS = Path(__file__).resolve().parents[1]
 BENCHMARK = "point_world:PointBenchmark"

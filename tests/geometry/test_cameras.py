@@ -70,6 +70,9 @@ def test_windows_map_points_there_and_back(
     top, left, rows, columns = window.destination
     expected = torch.tensor([[left, top], [left + columns, top + rows]], dtype=torch.float64)
     torch.testing.assert_close(window.to_output(corners), expected)
+    whole = corners.round().long()
+    torch.testing.assert_close(window.to_output(whole), window.to_output(whole.float()))
+    torch.testing.assert_close(window.to_source(whole), window.to_source(whole.float()))
     points = torch.rand((10, 2), dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 500
     torch.testing.assert_close(window.to_source(window.to_output(points)), points)
 

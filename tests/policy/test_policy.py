@@ -88,11 +88,19 @@ def test_quantiles_map_to_one_and_tails_are_cut() -> None:
     torch.testing.assert_close(normalised, expected, atol=1e-6, rtol=0)
 
 
+INFINITE = ([-float("inf")] * 3, [1.0] * 3)
+
+
 def test_normaliser_refuses_what_would_be_silently_wrong() -> None:
     normalizer = ActionNormalizer()
     with pytest.raises(CheckpointError, match="no normalisation statistics"):
         normalizer.require_fitted()
-    for low, high in (([0.0] * 2, [1.0] * 2), ([0.0] * 3, [1.0, 1.0, 0.0]), ([float("nan")] * 3, [1.0] * 3)):
+    for low, high in (
+        ([0.0] * 2, [1.0] * 2),
+        ([0.0] * 3, [1.0, 1.0, 0.0]),
+        ([float("nan")] * 3, [1.0] * 3),
+        INFINITE,
+    ):
         with pytest.raises(ConfigError, match="cannot be used"):
             normalizer.fit(low, high, [0.0] * 3, [1.0] * 3)
     with pytest.raises(ShapeError, match="eight numbers"):

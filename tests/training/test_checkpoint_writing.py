@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from spear_lightning.errors import CheckpointError
-from spear_lightning.policy.sharded_files import read_folder
+from spear_lightning.policy.sharded_files import read_folder, write_file_list
 from spear_lightning.training import checkpoint_files, checkpoint_writing
 from spear_lightning.training.checkpoint_files import RunCheckpoint, WholeFileCheckpointIO
 from spear_lightning.training.checkpoint_writing import CopyOnCpu, SaveUnderWay, begin_folder
@@ -172,6 +174,22 @@ def test_a_folder_of_several_files_replaces_one_of_the_same_name(
     assert_same(
         dict(read_folder(path)["state_dict"]), {name.split(".")[1]: value for name, value in tensors.items()}
     )
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_copy_that_lacks_a_file_is_no_checkpoint(listed: bool, tmp_path: Path) -> None:
+    # What four processes leave: a piece of every tensor in each file.
+    whole = torch.arange(8.0)
+    for rank, piece in enumerate(whole.split(2)):
+        places = {"DCP_SHARDING_INFO": json.dumps({"state_dict.w": {"saved_offsets": [2 * rank]}})}
+        save_file({"state_dict.w": piece.clone()}, tmp_path / f"shard-{rank}.safetensors", metadata=places)
+    if listed:
+        write_file_list(tmp_path)
+    torch.save({}, tmp_path / "meta.pt")
+    assert torch.equal(read_folder(tmp_path)["state_dict"]["w"], whole)
+    (tmp_path / "shard-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="no complete checkpoint" if listed else "not whole"):
+        read_folder(tmp_path)["state_dict"]["w"]
 
 
 def named(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,16 @@ from spear_lightning import cli
 from spear_lightning.batches import IGNORED, NamedPatchBatch
 from spear_lightning.errors import CheckpointError, ConfigError
 from spear_lightning.labeling.picture_stream import PicturesInOrder
-from spear_lightning.models import ConvolutionalEncoder, GemmaShape, PatchNamer, SpearVLM
+from spear_lightning.models import (
+    ConvolutionalEncoder,
+    Dinov2Encoder,
+    GemmaShape,
+    MogeEncoder,
+    PatchNamer,
+    SiglipEncoder,
+    SpearVLM,
+)
+from spear_lightning.models.encoders.base import VisionEncoder
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.training import (
     ImageAugmentation,
@@ -69,6 +79,25 @@ def test_the_averaged_encoder_goes_where_a_vlm_expects_it(whole_run: Path) -> No
     for name, value in vlm.encoders["pixels"].state_dict().items():
         assert torch.equal(value, checkpoint["ema"][f"namer.encoder.{name}"])
     assert checkpoint["spear"]["names"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: SiglipEncoder(width=24, depth=1, heads=3, mlp_width=40, image_size=28),
+        lambda: Dinov2Encoder(hidden_width=24, depth=2, heads=3, image_size=28),
+    ],
+)
+def test_other_encoders_load_what_is_written_of_them(made: Callable[[], VisionEncoder], tmp_path: Path) -> None:
+    first, second = made(), made()
+    second.weights = str(PatchNamer(first, 8).save_encoder(tmp_path / "model.safetensors"))
+    second.load_pretrained()
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+
+
+def test_moge_learns_no_names() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)MoGe.*Dinov2Encoder"):
+        PatchNamer(MogeEncoder(hidden_width=24, depth=4, heads=3, layers=range(4)), 8)
 
 
 def test_weights_of_another_size_are_refused(whole_run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -54,7 +55,7 @@ def test_one_seed_gives_one_store_and_whole_shards_stay(tmp_path: Path) -> None:
     for folder in folders:
         write_depth_pictures(folder, 10, seed=2, size=(28, 14), processes=1, shard_size=5)
     names = sorted(path.name for path in folders[0].iterdir())
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
     (folders[0] / "00001.focal.npy").unlink()
@@ -64,6 +65,14 @@ def test_one_seed_gives_one_store_and_whole_shards_stay(tmp_path: Path) -> None:
     assert DepthPictures(folders[0]).fingerprint == DepthPictures(folders[1]).fingerprint
     with pytest.raises(ConfigError, match="whole scenes"):
         write_depth_pictures(folders[0], 7)
+    # Shards that are there are of no use to another store.
+    for other in ({"seed": 3}, {"size": (42, 14)}, {"pictures": 15}):
+        asked: dict[str, Any] = {"pictures": 10, "seed": 2, "size": (28, 14), "shard_size": 5, **other}
+        with pytest.raises(ConfigError, match=r"(?s)other pictures.*another folder"):
+            write_depth_pictures(folders[0], processes=1, **asked)
+    (folders[0] / "plan.json").unlink()
+    with pytest.raises(ConfigError, match="not known how they were made"):
+        write_depth_pictures(folders[0], 10, seed=2, size=(28, 14), processes=1, shard_size=5)
 
 
 def test_the_command_writes_them(tmp_path: Path) -> None:
@@ -74,3 +83,7 @@ def test_the_command_writes_them(tmp_path: Path) -> None:
         main(out)
     with pytest.raises(ConfigError, match="primary"):
         main([*out, "--depth_pictures", "5", "--cameras", "wrist=28x14"])
+    for option in (["--plain"], ["--distractors", "0", "0"], ["--tasks", "touch"]):
+        for kind in ("--depth_pictures", "--labelled_images"):
+            with pytest.raises(ConfigError, match=rf"(?s)all of the world.*{option[0]}"):
+                main([*out, kind, "5", "--cameras", "primary=28x14", *option])

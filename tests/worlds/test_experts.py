@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from spear_lightning.worlds.tabletop.experts import Expert
+from spear_lightning.worlds.tabletop.experts import Expert, _strain
 from spear_lightning.worlds.tabletop.random_targets import RandomTargets
 from spear_lightning.worlds.tabletop.tasks import TASKS
 from spear_lightning.worlds.tabletop.world import WORKSPACE_HIGH_M, WORKSPACE_LOW_M, Tabletop
@@ -103,3 +103,12 @@ def test_experts_differ_in_their_manner_and_hold_still_when_done() -> None:
         assert world.success
     np.testing.assert_array_equal(ways[0], ways[1])
     assert np.abs(np.array(ways[0]) - ways[2]).max() > 1e-3
+
+
+def test_where_no_grasp_leaves_room_for_the_turn_the_nearest_is_taken() -> None:
+    # A turn of 150 degrees after 60 or 10 goes beyond the wrist's 155, after -120 it does not.
+    strains = {yaw: _strain(np.deg2rad(yaw), np.deg2rad(150), 0.0) for yaw in (60, -120, 10)}
+    assert strains[60][0] == pytest.approx(np.deg2rad(55))
+    assert strains[-120][0] == 0.0
+    assert min(strains, key=strains.__getitem__) == -120
+    assert min((60, 10), key=strains.__getitem__) == 10

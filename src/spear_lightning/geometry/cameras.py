@@ -56,11 +56,13 @@ class Window:
 
     def to_output(self, points: Tensor) -> Tensor:
         """Map pixel coordinates (..., 2) of the source to pixel coordinates of the output."""
+        points = points if points.is_floating_point() else points.float()
         scale = points.new_tensor(self.scale)
         return (points - _corner(self.source, points)) * scale + _corner(self.destination, points)
 
     def to_source(self, points: Tensor) -> Tensor:
         """Map pixel coordinates (..., 2) of the output to pixel coordinates of the source."""
+        points = points if points.is_floating_point() else points.float()
         scale = points.new_tensor(self.scale)
         return (points - _corner(self.destination, points)) / scale + _corner(self.source, points)
 

@@ -74,7 +74,7 @@ class ActionNormalizer(nn.Module):
         for name, (low, high) in bounds.items():
             low_3 = torch.as_tensor(low, dtype=torch.float32)
             high_3 = torch.as_tensor(high, dtype=torch.float32)
-            valid = low_3.shape == (3,) and high_3.shape == (3,)
+            valid = low_3.shape == (3,) and high_3.shape == (3,) and bool((low_3 + high_3).isfinite().all())
             if not valid or not bool((high_3 - low_3 >= SMALLEST_SPAN_M).all()):
                 raise ConfigError(
                     f"The {name} statistics cannot be used for normalisation",

@@ -7,6 +7,7 @@ several files, each of which says in its header where its piece begins. `meta.pt
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from spear_lightning.errors import CheckpointError
 
 META_FILE = "meta.pt"
 """File of plain values; it is written last, so that a folder with it is complete."""
+
+FILE_LIST = "files.json"
+"""File name -> bytes of each file of tensors: a copy of the folder that lacks one is told from a whole one."""
 
 STATE, AVERAGES, OPTIMIZER = "state_dict.", "ema.", "optimizer."
 """What names of tensors begin with: weights, their averages, the optimizer's state (`optimizer.KEY.NAME`)."""
@@ -52,7 +56,16 @@ class SavedTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         from safetensors import safe_open
 
-        pieces = self._pieces[name]
+        pieces, wanted = self._pieces[name], math.prod(self.shape(name))
+        found = sum(math.prod(piece.shape) for piece in pieces)
+        if found != wanted:
+            raise CheckpointError(
+                "A tensor of the checkpoint is not whole: a file is missing",
+                where=f"{pieces[0].file.parent}, {name}",
+                found=f"{found} numbers in {len(pieces)} files",
+                expected=f"{wanted}",
+                remedy="copy the folder again",
+            )
         whole: Tensor | None = None
         for piece in pieces:
             with safe_open(piece.file, framework="pt") as file:
@@ -89,6 +102,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         CheckpointError: If there are none, or they cannot be read.
     """
     path = folder / META_FILE
+    _require_whole(folder)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, UnpicklingError) as error:
@@ -98,6 +112,30 @@ def read_meta(folder: Path) -> dict[str, Any]:
             found=f"{type(error).__name__}: {error}",
             remedy="take an older checkpoint of the run",
         ) from error
+
+
+def write_file_list(folder: Path) -> None:
+    """Write down which files of tensors there are."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+    (folder / FILE_LIST).write_text(json.dumps(sizes, indent=1))
+
+
+def _require_whole(folder: Path) -> None:
+    """Compare the files of a checkpoint with its list; checkpoints of older versions have none."""
+    path = folder / FILE_LIST
+    try:
+        listed = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError("A checkpoint's list of files cannot be read", where=path, found=error) from error
+    there = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    wrong = [name for name, size in listed.items() if there.get(name) != size]
+    if wrong:
+        raise CheckpointError(
+            "The folder is no complete checkpoint",
+            where=folder,
+            found=f"{len(wrong)} of {len(listed)} files missing or of another size, as {wrong[0]}",
+            remedy="copy the folder again, or take an older checkpoint of the run",
+        )
 
 
 def read_folder(folder: Path, optimizer: bool = False) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from spear_lightning.errors import CheckpointError
-from spear_lightning.policy.sharded_files import META_FILE
+from spear_lightning.policy.sharded_files import META_FILE, write_file_list
 
 if TYPE_CHECKING:
     import lightning as L
@@ -235,6 +235,7 @@ class _FolderWriter(HuggingFaceStorageWriter):
         """Complete the folder; torch calls this in the first process, and tells all others how it ended."""
         super().finish(metadata, results)
         partial = partial_path(self.final_path)
+        write_file_list(partial)
         with (partial / META_FILE).open("wb") as file:
             file.write(self.plain)
             file.flush()

@@ -23,7 +23,8 @@ ORIGINAL_NAMES = (
 """Original DINOv2 names -> names in `Dinov2Model`; packed query, key and value are split apart besides."""
 
 HUB_NAMES = (
-    (re.compile(r"^dinov2\."), ""),
+    # The second: as `PatchNamer` writes the encoder.
+    (re.compile(r"^(dinov2|model)\."), ""),
     (re.compile(r"\.attention\.attention\.query\."), ".attention.q_proj."),
     (re.compile(r"\.attention\.attention\.key\."), ".attention.k_proj."),
     (re.compile(r"\.attention\.attention\.value\."), ".attention.v_proj."),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.models.encoders.base import VisionEncoder
+from spear_lightning.models.encoders.moge import MogeEncoder
 from spear_lightning.models.encoders.weight_files import write_weights
 
 
@@ -24,6 +25,13 @@ class PatchNamer(nn.Module):
         if names < 1:
             raise ConfigError(
                 "There are no names to tell apart", where="namer.names", found=names, expected=">= 1"
+            )
+        if isinstance(encoder, MogeEncoder):
+            raise ConfigError(
+                "MoGe's encoder cannot learn names: its files are those of whole MoGe models",
+                where="namer.encoder",
+                found=type(encoder).__name__,
+                expected="a ConvolutionalEncoder, SiglipEncoder or Dinov2Encoder",
             )
         self.names = names
         self.encoder = encoder

@@ -22,6 +22,7 @@ TOWER_PREFIXES = (
     "vision_tower.vision_model.",
     "vision_tower.",
     "vision_model.",
+    "model.",
     "",
 )
 """Where PaliGemma and SigLIP checkpoints of all ages keep the vision tower; the most specific first."""

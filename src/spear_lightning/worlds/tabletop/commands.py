@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         help="pictures by cameras of all kinds with exact depth, as large as those of primary, to OUT/depth",
     )
     parser.add_argument(
-        "--tasks", nargs="+", default=list(TASKS), help=f"episodes take turns (default: {' '.join(TASKS)})"
+        "--tasks", nargs="+", help=f"demonstrations: episodes take turns (default: {' '.join(TASKS)})"
     )
     parser.add_argument(
         "--cameras",
@@ -50,11 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[f"{name}={width}x{height}" for name, (width, height) in IMAGE_SIZES.items()],
         help="NAME=WIDTHxHEIGHT of primary, secondary, wrist (default: %(default)s)",
     )
-    parser.add_argument("--distractors", nargs=2, type=int, default=[1, 2], help="fewest, most (default: 1 2)")
+    parser.add_argument("--distractors", nargs=2, type=int, help="demonstrations: fewest, most (default: 1 2)")
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="the easy world: one table and light, cameras in the same place, no distractors",
+        default=None,
+        help="demonstrations in the easy world: one table and light, cameras in the same place, no distractors",
     )
     parser.add_argument("--seed", type=int, default=0, help="two runs with one seed write the same bytes")
     parser.add_argument("--processes", type=int, help="default: one per core")
@@ -67,8 +68,17 @@ def _run(options: argparse.Namespace) -> None:
             "There is nothing to write",
             expected="--episodes N, --labelled_images N, --depth_pictures N, or several",
         )
+    of_episodes = ("tasks", "distractors", "plain")
+    for_episodes = [f"--{name}" for name in of_episodes if getattr(options, name) is not None]
+    if (options.labelled_images or options.depth_pictures) and for_episodes:
+        raise ConfigError(
+            "Images with labels or depth show all of the world",
+            where=" ".join(for_episodes),
+            remedy="leave these options to a call that writes demonstrations alone",
+        )
+    tasks, plain = options.tasks or list(TASKS), bool(options.plain)
     sizes = dict(camera_size(text) for text in options.cameras)
-    fewest, most = (0, 0) if options.plain else options.distractors
+    fewest, most = (0, 0) if plain else options.distractors or (1, 2)
     if (options.labelled_images or options.depth_pictures) and "primary" not in sizes:
         raise ConfigError(
             "Images with labels or depth are as large as those of the camera primary",
@@ -78,9 +88,7 @@ def _run(options: argparse.Namespace) -> None:
         )
     out, console = Path(options.out), Console()
     if options.episodes:
-        plan = DemonstrationPlan(
-            options.episodes, tuple(options.tasks), sizes, options.seed, (fewest, most), options.plain
-        )
+        plan = DemonstrationPlan(options.episodes, tuple(tasks), sizes, options.seed, (fewest, most), plain)
         folder = write_demonstrations(out, plan, options.processes)
         console.print(f"{options.episodes} demonstrations: {folder}", soft_wrap=True)
     if options.labelled_images:

@@ -5,9 +5,11 @@ What a policy's own cameras see is among them; a network that has seen these alo
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,9 @@ from spear_lightning.worlds.tabletop.scene import AREA_HIGH_M, AREA_LOW_M, look_
 from spear_lightning.worlds.tabletop.shards_in_parallel import shards_in_parallel
 from spear_lightning.worlds.tabletop.tasks import TASKS
 from spear_lightning.worlds.tabletop.world import Tabletop
+
+PLAN = "plan.json"
+"""What a folder of pictures is to hold."""
 
 VIEWS = 5
 """Pictures of a scene, each by another camera at another moment; a shard holds whole scenes."""
@@ -69,7 +74,7 @@ def write_depth_pictures(
         The folder.
 
     Raises:
-        ConfigError: If there is nothing to write, or scenes would be cut in two.
+        ConfigError: If there is nothing to write, scenes would be cut in two, or the folder holds other pictures.
     """
     if pictures < 1 or pictures % VIEWS or shard_size % VIEWS:
         raise ConfigError(
@@ -80,6 +85,9 @@ def write_depth_pictures(
         )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    _require_same_plan(
+        folder, {"pictures": pictures, "seed": seed, "size": list(size), "shard_size": shard_size, "views": VIEWS}
+    )
     shards = [range(start, min(start + shard_size, pictures)) for start in range(0, pictures, shard_size)]
     missing = [
         shard for shard in shards if not (folder / f"{shard.start // shard_size:05d}.{PARTS[-1]}.npy").exists()
@@ -88,6 +96,25 @@ def write_depth_pictures(
     for _ in shards_in_parallel(write, missing, processes or os.cpu_count() or 1, "pictures with depth"):
         pass
     return folder
+
+
+def _require_same_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Write down what a folder is to hold; refuse one that holds, or was to hold, something else."""
+    path = folder / PLAN
+    there = json.loads(path.read_text()) if path.is_file() else None
+    if there is None and any(folder.glob("*.npy")):
+        there = {"pictures": "of which it is not known how they were made"}
+    if there is not None and there != plan:
+        raise ConfigError(
+            "The folder holds other pictures",
+            where=folder,
+            found=there,
+            expected=plan,
+            remedy="write into another folder, or delete this one",
+        )
+    temporary = path.with_name(f".{PLAN}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(plan))
+    os.replace(temporary, path)
 
 
 def _write(folder: Path, seed: int, size: tuple[int, int], shard_size: int, numbers: range) -> None:

@@ -185,10 +185,9 @@ class Hand:
         pose = self.world.object_pose(0)
         options = [grasp_yaws(grasp, yaw_of(pose), self.yaw) for grasp in self.world.task.objects[0].grasps]
         choices = [
-            (cost, grasp, yaw)
+            (_strain(yaw, final_turn, self.yaw), grasp, yaw)
             for grasp, yaws in zip(self.world.task.objects[0].grasps, options, strict=True)
             for yaw in yaws
-            if (cost := _strain(yaw, final_turn, self.yaw)) is not None
         ]
         _, grasp, yaw = min(choices, key=lambda choice: choice[0])
         point_m = pose[:3] + _turned(np.array(grasp.point_m), yaw_of(pose))
@@ -230,12 +229,10 @@ def grasp_yaws(grasp: Grasp, object_yaw: float, tool_yaw: float) -> list[float]:
     return [wrapped(object_yaw + grasp.yaw + swap) for swap in (0.0, np.pi)]
 
 
-def _strain(yaw: float, final_turn: float, tool_yaw: float) -> float | None:
-    """How far the wrist has to go for a grasp and the turn after it; `None` if it cannot."""
+def _strain(yaw: float, final_turn: float, tool_yaw: float) -> tuple[float, float]:
+    """How far a grasp and the turn after it go beyond what the wrist can, and how far it has to go."""
     furthest = max(abs(yaw), abs(yaw + final_turn))
-    if furthest > _MOST_YAW:
-        return None
-    return abs(yaw - tool_yaw) if final_turn == 0 else furthest
+    return max(0.0, furthest - _MOST_YAW), abs(yaw - tool_yaw) if final_turn == 0 else furthest
 
 
 def _turned(vector_m: np.ndarray, yaw: float) -> np.ndarray:

@@ -118,7 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         every_steps: Optimizer steps between checkpoints.
-        keep: How many of the newest are kept; -1 keeps all.
+        keep: How many of the newest are kept, the end of training among them; -1 keeps all.
         asynchronous: Whether training goes on while a checkpoint is written. What is written is copied to CPU
             memory first, where the copy's room stays reserved: 16 bytes a trained parameter with averages, 4 a
             frozen one, divided among processes like the weights. The next checkpoint, and the end of training,

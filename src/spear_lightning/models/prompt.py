@@ -100,10 +100,25 @@ class PromptTokenizer:
         self.vocabulary.reserve(first_id)
         return self.vocabulary.add(names)
 
-    def gives_the_ids_of(self, other: PromptTokenizer) -> bool:
-        """Tell whether another tokenizer gives the same ids, going by its words and by a few sentences."""
+    def require_ids_of(self, trained: PromptTokenizer, whose: str) -> None:
+        """Check that this gives the ids of another tokenizer, going by its words and by a few sentences.
+
+        Args:
+            trained: The one that embeddings about to be loaded were trained with.
+            whose: It is, for the error.
+
+        Raises:
+            CheckpointError: If it does not: the embeddings would stand for other words.
+        """
         probe = ["Put the red-ish cup on plate 7.", "über"]
-        return self.words == other.words and self.vocabulary.encode(probe) == other.vocabulary.encode(probe)
+        same = self.vocabulary.encode(probe) == trained.vocabulary.encode(probe)
+        if not same or self.words != trained.words:
+            raise CheckpointError(
+                f"The policy's tokenizer is not the {whose}'s",
+                where="policy.prompt.tokenizer, policy.prompt.words",
+                found=f"{self.tokenizer}, words {self.words}",
+                expected=f"{trained.tokenizer}, words {trained.words}",
+            )
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode instructions.

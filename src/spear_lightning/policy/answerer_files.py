@@ -221,14 +221,7 @@ def load_vlm(vlm: SpearVLM, prompt: PromptTokenizer, path: str | Path) -> list[s
         CheckpointError: If architecture or tokenizer differ.
     """
     stored = read_answerer(path)
-    trained = PromptTokenizer.from_json(stored.description["tokenizer"])
-    if not prompt.gives_the_ids_of(trained):
-        raise CheckpointError(
-            "The policy's tokenizer is not the SPEAR-VLM's",
-            where="policy.prompt.tokenizer, policy.prompt.words",
-            found=f"{prompt.tokenizer}, words {prompt.words}",
-            expected=f"{trained.tokenizer}, words {trained.words}",
-        )
+    prompt.require_ids_of(PromptTokenizer.from_json(stored.description["tokenizer"]), "SPEAR-VLM")
     weights = {
         name[len(VLM_PREFIX) :]: tensor for name, tensor in stored.weights.items() if name.startswith(VLM_PREFIX)
     }

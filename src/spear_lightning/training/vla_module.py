@@ -124,14 +124,8 @@ class VLAModule(SpearModule):
             self.policy.vla.vlm.load_pretrained()
             return
         checkpoint = read_checkpoint(self.init_from)
-        trained, prompt = PromptTokenizer.from_json(checkpoint["spear"]["tokenizer"]), self.policy.prompt
-        if not prompt.gives_the_ids_of(trained):
-            raise CheckpointError(
-                "The policy's tokenizer is not the checkpoint's: its embeddings would stand for other words",
-                where="policy.prompt.tokenizer, policy.prompt.words",
-                found=f"{prompt.tokenizer}, words {prompt.words}",
-                expected=f"{trained.tokenizer}, words {trained.words}",
-            )
+        trained = PromptTokenizer.from_json(checkpoint["spear"]["tokenizer"])
+        self.policy.prompt.require_ids_of(trained, "checkpoint")
         weights = policy_weights(checkpoint, "ema")
         # Statistics belong to the data of the new run.
         own = self.policy.normalizer.state_dict(prefix="normalizer.")

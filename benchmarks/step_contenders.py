@@ -24,6 +24,7 @@ class Contender:
         compiled: Whether blocks are compiled.
         packed: Whether the model is packed.
         float8: Recipe of products in 8 bits of Gemma and SigLIP.
+        whole_mlps: Whether their MLPs are one step each then.
         moge: Whether MoGe is there.
         cameras: Camera name -> height and width.
         wrist_share: Share of samples that have the second camera.
@@ -33,6 +34,7 @@ class Contender:
     compiled: bool = True
     packed: bool = True
     float8: str | None = None
+    whole_mlps: bool = True
     moge: bool = True
     cameras: dict[str, tuple[int, int]] = field(
         default_factory=lambda: {"primary": (210, 280), "wrist": (112, 112)}
@@ -48,6 +50,7 @@ CONTENDERS = {
     "padded": Contender(packed=False),
     "trimmed": Contender(packed=False, multiple=8),
     "float8": Contender(float8="tensorwise"),
+    "float8-layers": Contender(float8="tensorwise", whole_mlps=False),
     "float8-trimmed": Contender(packed=False, multiple=8, float8="tensorwise"),
     "float8-rowwise": Contender(float8="rowwise"),
     "float8-rowwise-gw": Contender(float8="rowwise_with_gw_hp"),

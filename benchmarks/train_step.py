@@ -89,7 +89,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, float]:
         network, loss = make(contender, options.batch, options.small, device)
         if contender.float8:
             layers = ["*language_model.layers.*.mlp.*", "*language_model.layers.*.o_proj", "*siglip.*.mlp.*"]
-            Float8Products(layers, contender.float8, emulate=not cuda).convert(network)  # type: ignore[arg-type]
+            products = Float8Products(layers, contender.float8, not cuda, contender.whole_mlps)  # type: ignore[arg-type]
+            products.convert(network)
         if contender.compiled and cuda:
             for block in list_entries(network).values():
                 block.compile(dynamic=False)

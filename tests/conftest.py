@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 # One thread per test process: the suite runs on as many processes as there are cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Without a GPU Triton's programs run in its interpreter, which must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Nothing that is tested depends on how fast the machine is, or on what a first call imports.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from spear_lightning.errors import ConfigError
+from spear_lightning.models.float8 import replace_mlps
 from spear_lightning.training.base_module import SpearModule
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,16 @@ class Float8Products(Callback):
     which only a compiler makes cheap: place `RegionalCompile` after this callback. The number of tokens in a batch
     must be a multiple of 16, which it is for packed models.
 
+    MLPs of Gemma and SigLIP all of whose layers are chosen become one step each (`models.float8`) if the recipe is
+    `tensorwise`: what lies between their products is rounded where it is computed.
+
     Args:
         layers: Dotted names relative to the network, with `*` for anything: linear layers, or modules all of whose
             linear layers are meant. Layers with a side that is no multiple of 16 are left as they are.
         recipe: How numbers are scaled: one factor a tensor (`tensorwise`, fastest), one a row (`rowwise`, more
             exact), or rows with the weights' gradients in bfloat16 (`rowwise_with_gw_hp`).
         emulate: Compute the same in float32, to look at the rounding where no such GPU is.
+        whole_mlps: Whether MLPs become one step each.
     """
 
     def __init__(
@@ -45,10 +50,12 @@ class Float8Products(Callback):
         layers: list[str],
         recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise",
         emulate: bool = False,
+        whole_mlps: bool = True,
     ) -> None:
         self.layers = layers
         self.recipe = recipe
         self.emulate = emulate
+        self.whole_mlps = whole_mlps
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replace the layers at the start of `fit`; other stages compute as exactly as they can.
@@ -79,6 +86,11 @@ class Float8Products(Callback):
             ConfigError: If a name fits no layer.
         """
         chosen = fitting_layers(network, self.layers)
+        count = len(chosen)
+        if self.whole_mlps and self.recipe == "tensorwise":
+            chosen = chosen - replace_mlps(network, chosen, self.emulate)
+        if not chosen:
+            return count
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         except ModuleNotFoundError as error:
@@ -90,7 +102,7 @@ class Float8Products(Callback):
             ) from error
         config = replace(Float8LinearConfig.from_recipe_name(self.recipe), emulate=self.emulate)
         convert_to_float8_training(network, config=config, module_filter_fn=lambda _, name: name in chosen)
-        return len(chosen)
+        return count
 
 
 def fitting_layers(network: nn.Module, patterns: list[str]) -> set[str]:

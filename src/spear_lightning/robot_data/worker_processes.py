@@ -16,7 +16,7 @@ from spear_lightning.errors import SpearError
 WORKER_START = "forkserver"
 """Workers forked from a clean server share no locks or threads with the trainer."""
 
-PRELOADED = ["torch.utils.data", "spear_lightning.batches"]
+PRELOADED = ["torch.utils.data", "roma", "spear_lightning.batches"]
 """What the server imports once, for all workers: torch takes each of them seconds."""
 
 Result = TypeVar("Result")

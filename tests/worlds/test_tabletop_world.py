@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mujoco
 import numpy as np
 import pytest
@@ -511,3 +514,11 @@ def test_the_wrist_camera_rides_on_the_hand_and_the_others_stand_still() -> None
         np.testing.assert_allclose(way[:2], 0, atol=1e-9)
     np.testing.assert_array_equal(poses[0]["primary"].position_m, poses[1]["primary"].position_m)
     np.testing.assert_array_equal(poses[0]["primary"].rotation, poses[1]["primary"].rotation)
+
+
+def test_simulating_needs_no_torch() -> None:
+    """It takes longer to import than all else that a simulating process needs."""
+    rooms = "benchmark, demonstrations, experts, world"
+    code = f"import sys; from spear_lightning.worlds.tabletop import {rooms}; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False"]

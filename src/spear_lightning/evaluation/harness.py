@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from spear_lightning import __version__
 from spear_lightning.errors import ConfigError
 from spear_lightning.evaluation.protocol import Contestant, Episode, EvalProtocol, EvalResult, SuccessMode
 from spear_lightning.evaluation.shards import EvaluationError, HarnessRun, Progress, quiet, run_here, run_shards
 
 if TYPE_CHECKING:
+    from torch import nn
     from vla_eval.model_servers.base import ModelServer
 
     from spear_lightning.policy.vla_eval_server import PolicyServer

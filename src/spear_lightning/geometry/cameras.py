@@ -4,18 +4,20 @@ Pixel coordinates are (u, v), u to the right and v down, with the origin at the 
 top-left pixel, so that pixel centres are at +0.5. The camera frame is OpenCV's: x right, y down, z forward
 (spec section 2). Images are never stretched: the geometry encoder reads depth off the aspect ratio (spec
 section 3).
+
+torch is imported where it is called: a process that simulates needs its cameras, and no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from spear_lightning.errors import ConfigError, ShapeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Fit = Literal["crop", "pad"]
 """How an image of another aspect ratio is made to fit: cut at the sides, or surrounded by black bars."""
@@ -179,6 +181,8 @@ class PixelIntrinsics:
             (..., 2) pixel coordinates (u, v), which may lie outside the image. Points with z <= 0 have no
             image: their coordinates are NaN.
         """
+        import torch
+
         x, y, z = points.unbind(-1)
         depth = torch.where(z > 0, z, torch.full_like(z, torch.nan))
         return torch.stack([self.fx * x / depth + self.cx, self.fy * y / depth + self.cy], dim=-1)
@@ -193,6 +197,8 @@ class PixelIntrinsics:
         Returns:
             (..., 3) points in the camera frame, in the unit of `depth`.
         """
+        import torch
+
         u, v = pixels.unbind(-1)
         x, y = (u - self.cx) / self.fx * depth, (v - self.cy) / self.fy * depth
         return torch.stack([x, y, depth.expand_as(x)], dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from spear_lightning.training.optimizer import OptimizerRecipe
 
 # What several tests read (`finished_runs.py`); pytest's import mode leaves test folders out of the path.
 sys.path.append(str(Path(__file__).parent))
+
+from warm_start import WarmServer
 
 WIDTH = 4
 
@@ -100,6 +102,14 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.after.setdefault(trainer.global_step, copy_of(pl_module.components))
+
+
+@pytest.fixture(scope="session")
+def warm_server() -> Iterator[WarmServer]:
+    """Starts processes that have Lightning imported already."""
+    server = WarmServer()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

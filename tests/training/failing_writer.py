@@ -1,14 +1,10 @@
-"""The second of two processes that write checkpoints: it writes one, fails to write one, and dies writing one.
-
-python failing_writer.py FOLDER
-"""
+"""The second of two processes that write checkpoints: it writes one, fails to write one, and dies writing one."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +35,12 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    join(Path(sys.argv[1]), rank=1)
+def write_until_killed(folder: str) -> None:
+    """What the second process does."""
+    join(Path(folder), rank=1)
     writer, save = checkpoint_writing._FolderWriter, SaveUnderWay()
     for step, write_data in enumerate((writer.write_data, fail, die), start=1):
         writer.write_data = write_data  # type: ignore[method-assign]
-        begin(Path(sys.argv[1]), step, save)
+        begin(Path(folder), step, save)
         with contextlib.suppress(CheckpointError):
             save.wait()

@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
-import subprocess
-import sys
+import signal
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
+from warm_start import WarmServer
 
 from spear_lightning import cli
 
-DIE = """
-import json, os, signal, sys
-from importlib import import_module
-from spear_lightning import cli, flow, models, training
-where, _, name = sys.argv[1].rpartition(".")
-module = getattr(import_module(where), name)
-step = module.training_step
-def run_and_die(last, arguments):
-    def step_or_die(self, batch, batch_index):
-        if self.trainer.global_step == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, batch, batch_index)
-    module.training_step = step_or_die
-    os._exit(cli.main(arguments))
-for last, arguments in json.loads(sys.argv[2]):
-    # What is forked has everything imported, which takes longer than the run.
-    child = os.fork()
-    if not child:
-        run_and_die(last, arguments)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-"""
 
-
-def run_until_killed(module: str, *runs: tuple[int, list[str]]) -> None:
+def run_until_killed(server: WarmServer, module: str, *runs: tuple[int, list[str]]) -> None:
     """Run `spear`, each time in a process of its own, that is killed when a module begins an optimizer step.
 
     Args:
+        server: Starts the processes.
         module: Its class path.
         runs: Step that is the last, and arguments, of each run.
     """
-    command = [sys.executable, "-c", DIE, module, json.dumps(runs)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for last, arguments in runs:
+        process = server.start("finished_runs:run_and_die", module, last, arguments)
+        assert process.wait() == -signal.SIGKILL
+
+
+def run_and_die(path: str, last: int, arguments: list[str]) -> int:
+    """What `run_until_killed` runs in its processes."""
+    where, _, name = path.rpartition(".")
+    module = getattr(import_module(where), name)
+    step = module.training_step
+
+    def step_or_die(self: Any, batch: Any, batch_index: int) -> torch.Tensor:
+        if self.trainer.global_step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, batch_index)
+
+    module.training_step = step_or_die
+    return cli.main(arguments)
 
 
 def logged(run: Path, name: str) -> dict[int, str]:

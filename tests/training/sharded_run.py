@@ -120,10 +120,14 @@ def send_a_signal(step: int) -> None:
     VLAModule.training_step = training_step  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def main(result: str, *arguments: str) -> int:
     share_of_one_draw()
-    record_losses(Path(sys.argv[1]))
+    record_losses(Path(result))
     for variable, act in {"HOLD_AT": hold_the_writer, "SIGNAL_AT": send_a_signal}.items():
         if variable in os.environ:
             act(int(os.environ[variable]))
-    sys.exit(cli.main(sys.argv[2:]))
+    return cli.main(list(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

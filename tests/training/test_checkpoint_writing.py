@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from warm_start import WarmServer
 
 from spear_lightning.errors import CheckpointError
 from spear_lightning.policy.sharded_files import read_folder, write_file_list
@@ -197,11 +195,10 @@ def named(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_when_another_process_fails_or_dies_this_one_is_told_and_no_folder_gets_a_name(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("failing_writer.py")
-    other = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+def test_when_another_process_fails_or_dies_this_one_is_told_and_no_folder_gets_a_name(
+    tmp_path: Path, warm_server: WarmServer
+) -> None:
+    other = warm_server.start("failing_writer:write_until_killed", str(tmp_path))
     save, removed = SaveUnderWay(), []
     failing_writer.join(tmp_path, rank=0)
     try:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from finished_runs import logged, run_until_killed, weights
+from warm_start import WarmServer
 
 from spear_lightning import cli, flow, models, training
 from spear_lightning.policy import load_policy
@@ -79,14 +80,16 @@ def test_what_is_frozen_does_not_move_by_a_bit_and_what_trains_does(whole_run: P
 
 
 @pytest.fixture(scope="module")
-def killed_runs(tmp_path_factory: pytest.TempPathFactory, data_options: list[str]) -> dict[int, Path]:
+def killed_runs(
+    tmp_path_factory: pytest.TempPathFactory, data_options: list[str], warm_server: WarmServer
+) -> dict[int, Path]:
     """Step at which a run was killed -> its folder."""
     runs = {step: tmp_path_factory.mktemp(f"killed_{step}") for step in (5, 8)}
     commands = []
     for step, run in runs.items():
         where = [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
         commands.append((step, ["fit", f"--config={TWIN}", *data_options, *where]))
-    run_until_killed("spear_lightning.training.vla_module.VLAModule", *commands)
+    run_until_killed(warm_server, "spear_lightning.training.vla_module.VLAModule", *commands)
     return runs
 
 

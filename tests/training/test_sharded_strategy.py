@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from warm_start import WarmProcess, WarmServer
 
 from spear_lightning import cli
 from spear_lightning.errors import CheckpointError
@@ -33,25 +36,68 @@ SCRIPT = REPOSITORY / "tests" / "training" / "sharded_run.py"
 pytestmark = pytest.mark.slow
 
 
-def started(
-    processes: int, result: Path, run: Path, data: Path, *options: str, **variables: str
-) -> subprocess.Popen[bytes]:
-    """Start a run; `processes` 0 means one process without the overlay. Variables: see `sharded_run.py`."""
-    launcher, overlay = [str(SCRIPT)], []
-    if processes:
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT)]
-        overlay = [f"--config={OVERLAY}", f"--trainer.devices={processes}"]
-    places = [f"--data.root={data}", f"--data.index_folder={data / 'indexes'}"]
-    places += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
-    command = [str(result), "fit", f"--config={data / 'vla.yaml'}", *overlay, *places, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    with (result.with_suffix(".log")).open("wb") as log:
-        return subprocess.Popen([sys.executable, *launcher, *command], stdout=log, stderr=log, env=environment)
+class Run:
+    """A run that has been started.
+
+    Args:
+        processes: Its processes; 0 means one without the overlay.
+        result: File for its losses (see `sharded_run.py`).
+        run: Its folder.
+        data: Folder with data and configuration.
+        options: More of the command line.
+        launcher: What starts the processes; `None`: `torchrun`.
+        variables: See `sharded_run.py`.
+    """
+
+    def __init__(
+        self,
+        processes: int,
+        result: Path,
+        run: Path,
+        data: Path,
+        *options: str,
+        launcher: WarmServer | None,
+        **variables: str,
+    ) -> None:
+        overlay = [f"--config={OVERLAY}", f"--trainer.devices={processes}"] if processes else []
+        places = [f"--data.root={data}", f"--data.index_folder={data / 'indexes'}"]
+        places += [f"--trainer.default_root_dir={run}", f"--trainer.logger.save_dir={run}"]
+        command = [str(result), "fit", f"--config={data / 'vla.yaml'}", *overlay, *places, *options]
+        self._result, self._logs = result, []
+        self._processes: list[WarmProcess | subprocess.Popen[bytes]] = []
+        if launcher is None:
+            self._by_torchrun(processes, command, variables)
+        for rank in range(max(processes, 1) if launcher is not None else 0):
+            ours = variables | (by_hand(rank, processes, result) if processes else {})
+            self._logs.append(result.with_suffix(f".{rank}.log"))
+            self._processes.append(launcher.start("sharded_run:main", *command, log=self._logs[-1], **ours))
+
+    def _by_torchrun(self, processes: int, command: list[str], variables: Mapping[str, str]) -> None:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", str(SCRIPT)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        self._logs.append(self._result.with_suffix(".log"))
+        with self._logs[0].open("wb") as log:
+            self._processes.append(
+                subprocess.Popen([sys.executable, *torchrun, *command], stdout=log, stderr=log, env=environment)
+            )
+
+    def losses(self) -> dict[int, float]:
+        """Wait for its end."""
+        statuses = [process.wait() for process in self._processes]
+        assert not any(statuses), "\n".join(log.read_text()[-3000:] for log in self._logs)
+        return {int(step): loss for step, loss in json.loads(self._result.read_text()).items()}
 
 
-def finished(process: subprocess.Popen[bytes], result: Path) -> dict[int, float]:
-    assert process.wait() == 0, result.with_suffix(".log").read_text()[-3000:]
-    return {int(step): loss for step, loss in json.loads(result.read_text()).items()}
+def by_hand(rank: int, processes: int, result: Path) -> dict[str, str]:
+    """Return the variables that `torchrun` gives a process, of which there must be this many in all."""
+    port = result.with_suffix(".port")
+    if not rank:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port.write_text(str(probe.getsockname()[1]))
+    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port.read_text(), "TORCHELASTIC_RUN_ID": "by_hand"}
+    return {**address, **{name: str(value) for name, value in places.items()}, "LOCAL_WORLD_SIZE": str(processes)}
 
 
 def write_twin(folder: Path) -> None:
@@ -70,17 +116,18 @@ def write_twin(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, warm_server: WarmServer) -> Path:
     """One process, and two which divide the weights and recompute blocks: the same experiment twice."""
     folder = tmp_path_factory.mktemp("sharded")
     data = folder / "data"
     data.mkdir()
     write_demo_episodes(data, episodes=10, steps=8, height=32, width=48)
     write_twin(data)
-    one = started(0, folder / "one.json", folder / "one", data)
-    two = started(2, folder / "two.json", folder / "two", data, f"--config={RECOMPUTE}", HOLD_AT="4")
-    finished(one, folder / "one.json")
-    finished(two, folder / "two.json")
+    recompute = f"--config={RECOMPUTE}"
+    two = Run(2, folder / "two.json", folder / "two", data, recompute, launcher=None, HOLD_AT="4")
+    one = Run(0, folder / "one.json", folder / "one", data, launcher=warm_server)
+    one.losses()
+    two.losses()
     return folder
 
 
@@ -143,18 +190,18 @@ def test_all_processes_read_the_layers_that_the_weights_name(runs: Path) -> None
 
 
 def test_two_processes_save_one_resumes_and_predicts(
-    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, warm_server: WarmServer
 ) -> None:
     """Also across a phase of the freeze schedule: step 4 is in the second, step 9 in the third."""
-    starts = {}
+    starts = []
     for name, processes in {"again": 1, "plain": 0}.items():
         folder = runs / name / "checkpoints"
         shutil.copytree(runs / "two" / "checkpoints" / "step_0000004.ckpt", folder / "step_0000004.ckpt")
-        result = runs / f"{name}.json"
-        starts[result] = started(processes, result, runs / name, runs / "data", "--ckpt_path=last")
+        places = runs / f"{name}.json", runs / name, runs / "data"
+        starts.append(Run(processes, *places, "--ckpt_path=last", launcher=warm_server))
     whole = losses(runs, "one")
-    for result, process in starts.items():
-        resumed = finished(process, result)
+    for start in starts:
+        resumed = start.losses()
         assert sorted(resumed) == [4, 5, 6, 7, 8]
         assert resumed == pytest.approx({step: whole[step] for step in resumed}, rel=1e-6)
     path = newest_checkpoint(runs / "again" / "checkpoints")
@@ -170,14 +217,16 @@ def test_two_processes_save_one_resumes_and_predicts(
     assert not torch.equal(averaged[name], raw[name])
 
 
-def test_bfloat16_products_of_float32_weights_until_a_signal_to_one_process(runs: Path) -> None:
+def test_bfloat16_products_of_float32_weights_until_a_signal_to_one_process(
+    runs: Path, warm_server: WarmServer
+) -> None:
     """SigLIP trains from step 6 on only; a unit that was frozen at first has float32 gradients as well.
 
     The signal comes in step 5 and is noticed after it; after step 6 both processes know.
     """
-    result = runs / "rounded.json"
+    places = runs / "rounded.json", runs / "rounded", runs / "data"
     options = ["--trainer.precision=bf16-mixed", "--trainer.callbacks+=spear_lightning.training.StopOnSignal"]
-    rounded = finished(started(2, result, runs / "rounded", runs / "data", *options, SIGNAL_AT="5"), result)
+    rounded = Run(2, *places, *options, launcher=warm_server, SIGNAL_AT="5").losses()
     whole = losses(runs, "one")
     assert sorted(rounded) == list(range(7))
     assert rounded == pytest.approx({step: whole[step] for step in rounded}, rel=0.02)

@@ -12,6 +12,7 @@ import yaml
 from finished_runs import checkpoint, logged, run_until_killed, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
+from warm_start import WarmServer
 
 from spear_lightning import cli
 from spear_lightning.errors import CheckpointError
@@ -93,11 +94,13 @@ def test_what_is_frozen_keeps_its_bits(whole_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_training_is_bit_equal(tmp_path: Path, whole_run: Path, data: Path) -> None:
+def test_killed_and_resumed_training_is_bit_equal(
+    tmp_path: Path, whole_run: Path, data: Path, warm_server: WarmServer
+) -> None:
     options = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.save_dir={tmp_path}"]
     options.append("--data.num_workers=1")
     command = ["fit", f"--config={TWIN}", f"--data.root={data}", *options]
-    run_until_killed("spear_lightning.training.vlm_module.VLMModule", (5, command))
+    run_until_killed(warm_server, "spear_lightning.training.vlm_module.VLMModule", (5, command))
     assert fit(tmp_path, data, "--ckpt_path=last") == 0
     resumed, whole = logged(tmp_path, "train/loss"), logged(whole_run, "train/loss")
     assert {s: resumed[s] for s in range(4, 7)} == {s: whole[s] for s in range(4, 7)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from spear_lightning.robot_data.index_store import (
 from spear_lightning.robot_data.rlds_folder import RldsFolder
 from spear_lightning.robot_data.shard_reader import ShardPart, plan_shards
 from spear_lightning.robot_data.storage import DataPath, file_marks
+from spear_lightning.robot_data.worker_processes import worker_context
 
 log = logging.getLogger(__name__)
 
@@ -218,9 +218,7 @@ def _read_all(shards: Sequence[tuple[DataPath, Any]], plan: ReadsFiles, workers:
     if workers <= 1:
         yield from (plan.read(path, expected) for path, expected in shards)
         return
-    # Forking a process that runs torch threads can hang; spawned ones cannot.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=worker_context()) as pool:
         waiting: deque[Future[ShardPart]] = deque()
         try:
             for path, expected in shards:

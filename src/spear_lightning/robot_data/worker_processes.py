@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
@@ -17,7 +18,7 @@ WORKER_START = "forkserver"
 """Workers forked from a clean server share no locks or threads with the trainer."""
 
 PRELOADED = ["torch.utils.data", "roma", "spear_lightning.batches"]
-"""What the server imports once, for all workers: torch takes each of them seconds."""
+"""What the server imports once, for all workers: torch, and its compiler with roma, take each of them seconds."""
 
 Result = TypeVar("Result")
 
@@ -38,11 +39,9 @@ class WorkerLoader(Generic[Result]):
     ) -> None:
         options: dict[str, Any] = {}
         if num_workers:
-            # Without effect where a server runs already.
-            multiprocessing.get_context(WORKER_START).set_forkserver_preload(PRELOADED)
             options = {
                 "prefetch_factor": prefetch,
-                "multiprocessing_context": WORKER_START,
+                "multiprocessing_context": worker_context(),
                 "worker_init_fn": _start,
                 "persistent_workers": True,
             }
@@ -68,6 +67,14 @@ class WorkerLoader(Generic[Result]):
             except StopIteration:
                 return
             yield result
+
+
+def worker_context() -> BaseContext:
+    """Return what starts worker processes."""
+    context = multiprocessing.get_context(WORKER_START)
+    # Without effect where a server runs already.
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def end_with_parent() -> None:

@@ -87,9 +87,10 @@ class OrientedBox:
 
     def canonical(self) -> OrientedBox:
         """Return the same box with its axes in the canonical order (see the module); w >= 0."""
-        order, signs = _canonical_axes(self.axes)
-        axes = _ordered(self.axes, order, signs)
-        return OrientedBox(self.centre, quaternions.from_matrix(axes), self.extents.gather(-1, order))
+        axes = self.axes
+        order, signs = _canonical_axes(axes)
+        ordered = _ordered(axes, order, signs)
+        return OrientedBox(self.centre, quaternions.from_matrix(ordered), self.extents.gather(-1, order))
 
     def mirrored(self) -> OrientedBox:
         """Return the box seen in the image flipped left to right, x -> -x; canonical if the box is."""

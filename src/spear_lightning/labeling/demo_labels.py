@@ -139,7 +139,9 @@ def _cast(
             direction, origin = rays_HW3 @ axes, -centre @ axes
             near = (-np.sign(direction) * half - origin) / direction
             far = (np.sign(direction) * half - origin) / direction
-            enter, leave = near.max(-1), far.min(-1)
+            # numpy takes several times as long over an axis of three.
+            enter = np.maximum(np.maximum(near[..., 0], near[..., 1]), near[..., 2])
+            leave = np.minimum(np.minimum(far[..., 0], far[..., 1]), far[..., 2])
             hit = (enter < leave) & (enter > 0) & (enter < depth_HW)
             depth_HW, number_HW = np.where(hit, enter, depth_HW), np.where(hit, number, number_HW)
             brightness = np.array([0.6, 1.0, 0.8])[near.argmax(-1)]

@@ -50,7 +50,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
 
 
 def test_every_part_of_the_loss_and_every_task_is_logged(whole_run: Path) -> None:
-    for name in ("loss", "words", "coordinates", "tokens"):
+    for name in ("loss", "words", "coordinates", "tokens", "clamped"):
         assert sorted(logged(whole_run, f"train/{name}")) == list(range(7))
     for name in ("loss", "words", "coordinates", "parse_rate", "coordinate_accuracy", "loss_Distance"):
         assert len(logged(whole_run, f"val/{name}")) == 2
@@ -59,6 +59,13 @@ def test_every_part_of_the_loss_and_every_task_is_logged(whole_run: Path) -> Non
         # Lambda is 1 until step 3, then 2: the loss lies between the parts, then beyond their mean.
         low, high = sorted((float(words[step]), float(coordinates[step])))
         assert (low <= float(loss) <= high + 1e-4) == (step < 3)
+
+
+def test_numbers_that_have_no_token_are_told_of(whole_run: Path, tmp_path: Path, data: Path) -> None:
+    one_step = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
+    assert fit(tmp_path, data, "--data.value_range=[-0.001, 0.001]", *one_step) == 0
+    assert float(logged(tmp_path, "train/clamped")[0]) > 0.9
+    assert float(logged(whole_run, "train/clamped")[0]) < 0.05
 
 
 def test_pictures_reach_tensorboard(tmp_path: Path, data: Path) -> None:

@@ -41,8 +41,8 @@ class LabelledImageDataModule(L.LightningDataModule):
         cameras: The one camera of the model that sees the images: name -> width, height, fit.
         tasks: Class path of a task -> weight.
         scale: Unit of coordinates: `median_depth` of the image, or `metric` for labels in metres.
-        value_range: Least and greatest coordinate, divided into equal bins; `null` fits bins to the training
-            labels such that 3D tokens are used about equally often.
+        value_range: Least and greatest coordinate, divided into equal bins; `null` fits bins to what the tasks ask
+            about the training labels such that 3D tokens are used about equally often.
         views: How training images are varied.
         max_pairs: Questions of a sample at most.
         max_length: Tokens of a sample at most; questions that do not fit are left out.
@@ -135,7 +135,8 @@ class LabelledImageDataModule(L.LightningDataModule):
         """
         if self.value_range is None:
             mixture = self.open_mixture()
-            return CoordinateTokens.fit(mixture.labels(sum(map(len, mixture.training))), self.scale, bins)
+            labels = mixture.labels(sum(map(len, mixture.training)))
+            return CoordinateTokens.fit(labels, self.scale, bins, numbers=self.tasks.numbers())
         return CoordinateTokens(Quantizer.uniform(*self.value_range, bins), self.scale)
 
     def answers(self, images: int) -> Iterator[TrueAnswer]:

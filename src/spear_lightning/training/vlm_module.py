@@ -48,8 +48,9 @@ class VLMModule(SpearModule):
 
     The loss is the mean cross entropy of the answers' tokens, of which 3D tokens count lambda times as much.
     Logged while training: `train/loss`, its parts `train/words` and `train/coordinates` (means without lambda),
-    and `train/tokens`, the answers' tokens of a step. On validation, besides the same under `val/` (there lambda
-    is 1): `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the
+    `train/tokens`, the answers' tokens of a step, and `train/clamped`, for each 3D token of the answers how many
+    numbers lay outside the range of 3D tokens. On validation, besides the losses under `val/` (there lambda is 1):
+    `val/coordinate_accuracy` and `val/loss_TASK` given the true tokens before; and of answers that the
     model writes itself `val/parse_rate` and the errors of `vqa.metrics.MEASURES`, lengths in units of the data's
     `scale`.
 
@@ -190,6 +191,8 @@ class VLMModule(SpearModule):
             mean = (losses_T.detach() * mask_T).sum() / mask_T.sum().clamp(min=1)
             self.log(f"train/{name}", mean, batch_size=len(batch))
         self.log("train/tokens", count, batch_size=len(batch))
+        clamped = batch.clamped.sum() / is_coordinate_T.sum().clamp(min=1)
+        self.log("train/clamped", clamped, batch_size=len(batch))
         return loss
 
     def on_validation_epoch_start(self) -> None:

@@ -8,7 +8,7 @@ with an error of at most half its bin. Numbers outside the range become the oute
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +26,22 @@ TOKEN = re.compile(r"<3d_(\d{4})>")
 
 Scale = Literal["median_depth", "metric"]
 """The unit of coordinates: the image's median depth (labels of unknown scale), or metres."""
+
+
+Numbers = Callable[[ImageLabel], np.ndarray]
+"""Label -> the lengths, float64 (n,) in its unit, that some answers about it are made of."""
+
+
+def object_numbers(label: ImageLabel) -> np.ndarray:
+    """Return points of objects, their distances, and differences of their centres, float64 (n,)."""
+    if not label.objects:
+        return np.zeros(0)
+    centres = np.stack([item.centre for item in label.objects])
+    parts = [centres[:, None] - centres]
+    for item in label.objects:
+        parts += [item.vertices, item.closest, item.furthest, item.centre, np.array([item.distance])]
+    differences = parts[0][~np.eye(len(centres), dtype=bool)]
+    return np.concatenate([differences.ravel(), *(part.ravel() for part in parts[1:])]).astype(np.float64)
 
 
 def token_name(index: int) -> str:
@@ -68,12 +84,15 @@ class Quantizer:
         return cls(np.linspace(low, high, bins + 1))
 
     @classmethod
-    def fit(cls, values: np.ndarray, bins: int = BINS, tails: float = 1e-4) -> Quantizer:
+    def fit(
+        cls, values: np.ndarray, bins: int = BINS, tails: float = 1e-4, weights: np.ndarray | None = None
+    ) -> Quantizer:
         """Choose bins such that each holds equally many of some values: fine where they are dense.
 
         Args:
             values: Any shape; what is to be encoded.
             bins: Number of bins.
+            weights: Of the same shape, positive: how often each value is to be encoded; default: equally often.
             tails: Share of the values at either end that is left outside, so that single bad labels do not
                 stretch the outermost bins.
 
@@ -88,7 +107,14 @@ class Quantizer:
                 found=f"{values.size} values, {np.unique(values[:100])[:3]}...",
                 expected="finite values that differ",
             )
-        edges = np.quantile(values, np.linspace(tails, 1 - tails, bins + 1))
+        wanted = np.linspace(tails, 1 - tails, bins + 1)
+        if weights is None:
+            edges = np.quantile(values, wanted)
+        else:
+            order = values.argsort()
+            below = weights.ravel()[order].cumsum()
+            # As np.quantile, whose numbers have equal weights: the first is at 0, the last at 1.
+            edges = np.interp(wanted, (below - below[0]) / (below[-1] - below[0]), values[order])
         if edges[0] == edges[-1]:
             edges[0], edges[-1] = values.min(), values.max()
         # Values that repeat would make bins without width: a millionth of the range is added per bin.
@@ -148,6 +174,7 @@ class CoordinateTokens:
         scale: Scale = "median_depth",
         bins: int = BINS,
         max_images: int = 5000,
+        numbers: Mapping[Numbers, float] | None = None,
     ) -> CoordinateTokens:
         """Fit quantile bins to what answers about training labels are made of.
 
@@ -156,15 +183,24 @@ class CoordinateTokens:
             scale: Unit of the numbers.
             bins: Number of tokens.
             max_images: Labels that are looked at.
+            numbers: What the answers are made of -> how often it is asked (`TaskMixture.numbers`); default: the
+                objects' coordinates.
 
         Raises:
-            DataError: If there are no objects in them.
+            DataError: If there is nothing of that kind in them.
         """
         tokens = cls(Quantizer.uniform(-1, 1, bins), scale)
-        values = []
+        shares: Mapping[Numbers, float] = {object_numbers: 1.0} if numbers is None else numbers
+        found: dict[Numbers, list[np.ndarray]] = {kind: [np.zeros(0)] for kind in shares}
         for label, _ in zip(labels, range(max_images), strict=False):
-            values.append(_coordinates(label) / tokens.unit(label))
-        tokens.quantizer = Quantizer.fit(np.concatenate(values) if values else np.zeros(0), bins)
+            for kind, parts in found.items():
+                parts.append(kind(label) / tokens.unit(label))
+        values = {kind: np.concatenate(parts) for kind, parts in found.items()}
+        weights = None
+        if len(values) > 1:
+            each = {kind: shares[kind] / max(1, len(part)) for kind, part in values.items()}
+            weights = np.concatenate([np.full(len(part), each[kind]) for kind, part in values.items()])
+        tokens.quantizer = Quantizer.fit(np.concatenate(list(values.values())), bins, weights=weights)
         return tokens
 
     def unit(self, label: ImageLabel) -> float:
@@ -228,15 +264,3 @@ class CoordinateTokens:
             raise CheckpointError(
                 "The stored 3D tokens cannot be read", found=f"{type(error).__name__}: {error}"
             ) from error
-
-
-def _coordinates(label: ImageLabel) -> np.ndarray:
-    """Return the numbers that answers about a label are made of: points, distances, differences of centres."""
-    if not label.objects:
-        return label.pixel_points.ravel().astype(np.float64)
-    centres = np.stack([item.centre for item in label.objects])
-    parts = [centres[:, None] - centres]
-    for item in label.objects:
-        parts += [item.vertices, item.closest, item.furthest, item.centre, np.array([item.distance])]
-    differences = parts[0][~np.eye(len(centres), dtype=bool)]
-    return np.concatenate([differences.ravel(), *(part.ravel() for part in parts[1:])]).astype(np.float64)

@@ -11,7 +11,7 @@ import numpy as np
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.labeling.records import ObjectLabel
-from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
+from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, Numbers
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task
 
 LINE = "\n"
@@ -93,6 +93,13 @@ class TaskMixture:
         """Return plain values that tell one mixture from another."""
         shares = {task.path(): share for task, share in zip(self.tasks, self._shares.tolist(), strict=True)}
         return {"shares": shares, "max_pairs": self._max_pairs}
+
+    def numbers(self) -> dict[Numbers, float]:
+        """Return what the 3D tokens may have to say -> the share of tasks that ask for it."""
+        shares: dict[Numbers, float] = {}
+        for task, share in zip(self.tasks, self._shares.tolist(), strict=True):
+            shares[task.numbers] = shares.get(task.numbers, 0.0) + share
+        return shares
 
     def plan(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Draw which tasks examples shall have, before their images are known.

@@ -14,7 +14,7 @@ import torch
 
 from spear_lightning.geometry.box_iou import box_iou
 from spear_lightning.geometry.oriented_boxes import OrientedBox, box_from_vertices
-from spear_lightning.labeling.records import ObjectLabel
+from spear_lightning.labeling.records import ImageLabel, ObjectLabel
 from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
 from spear_lightning.vqa.location_tokens import location_text
 from spear_lightning.vqa.task import Answer, QuestionAnswer, Scene, Task, clean_name
@@ -234,6 +234,11 @@ class RandomPixels(Task):
 
     def __init__(self, count: int = 3) -> None:
         self._count = count
+
+    @staticmethod
+    def numbers(label: ImageLabel) -> np.ndarray:
+        """Return the points seen at pixels (see `Task`)."""
+        return label.pixel_points.ravel().astype(np.float64)
 
     def suits(self, scene: Scene, item: ObjectLabel) -> bool:
         """Return False: the task asks about no object."""

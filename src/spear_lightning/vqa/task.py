@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from spear_lightning.labeling.records import ImageLabel, ObjectLabel
-from spear_lightning.vqa.coordinate_tokens import CoordinateTokens
+from spear_lightning.vqa.coordinate_tokens import CoordinateTokens, object_numbers
 
 NOT_IN_NAMES = str.maketrans(".,<>", "    ")
 """Characters that end a name in an answer, or begin a token."""
@@ -104,6 +104,11 @@ class Task(ABC):
     @abstractmethod
     def errors(self, found: Answer, truth: Answer) -> dict[str, float]:
         """Return how far an answer is off, by the names of `metrics.MEASURES`."""
+
+    @staticmethod
+    def numbers(label: ImageLabel) -> np.ndarray:
+        """Return the lengths that 3D tokens may have to say of a label, float64 (n,) in its unit."""
+        return object_numbers(label)
 
     @classmethod
     def path(cls) -> str:

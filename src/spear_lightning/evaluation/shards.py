@@ -10,9 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import yaml
@@ -51,9 +52,18 @@ def run_here(run: HarnessRun, progress: Progress) -> dict[str, Any]:
     """Simulate in this process; returns the harness's aggregate of the one benchmark in the configuration."""
     from vla_eval.api import run as run_harness
 
-    with contextlib.redirect_stdout(io.StringIO()), ThreadPoolExecutor(1) as thread:
-        # The harness runs an event loop, and a notebook's main thread has one already.
-        future = thread.submit(run_harness, run.config, output_dir=run.folder, eval_id=run.name, docker=False)
+    future: Future[list[dict[str, Any]]] = Future()
+
+    def simulate() -> None:
+        try:
+            future.set_result(run_harness(run.config, output_dir=run.folder, eval_id=run.name, docker=False))
+        except BaseException as error:  # noqa: BLE001 - raised where the result is awaited
+            future.set_exception(error)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        # The harness runs an event loop, and a notebook's main thread has one already. Nobody waits for a daemon:
+        # whoever interrupts is not kept until all episodes are done.
+        Thread(target=simulate, daemon=True).start()
         while not wait([future], timeout=_POLL_SECONDS).done:
             progress(_episodes_done(run), run.episodes)
         aggregate: dict[str, Any] = future.result()[0]

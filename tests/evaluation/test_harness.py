@@ -1,20 +1,27 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from vla_eval.api import serve_background
+from vla_eval.connection import Connection
+from vla_eval.model_servers.base import SessionContext
 from vla_eval.specs import check_specs
 
-from spear_lightning.errors import ConfigError
+from spear_lightning.errors import ConfigError, ShapeError
 from spear_lightning.evaluation.harness import (
     check_plan,
     describe_server,
@@ -139,14 +146,10 @@ def test_a_padded_batch_gives_each_observation_what_it_gets_alone(policy: Policy
 
 
 def seen(value: int) -> dict:
-    import numpy as np
-
     return {name: np.full((28, 42, 3), 40 * value, np.uint8) for name in ("primary", "wrist")}
 
 
-def state(value: int):
-    import numpy as np
-
+def state(value: int) -> np.ndarray:
     return np.array([0.2 + 0.1 * value, 0, 0.1, 0, 0, 0, 1, 1], np.float32)
 
 
@@ -158,6 +161,68 @@ def test_targets_are_the_chunk_applied_to_the_state(policy: Policy) -> None:
     # Cumulative chunks, and the tool starts unturned: translations add to the position, rotations are the chunk's.
     assert targets[:, :3] == pytest.approx(state(1)[:3] + chunk[:, :3], abs=1e-6)
     assert targets[:, 3:] == pytest.approx(chunk[:, 3:], abs=1e-6)
+
+
+async def connected(url: str, number: int) -> Connection:
+    connection = Connection(url)
+    await connection.connect()
+    await connection.start_episode({"task": {"name": "shift", "number": number}})
+    return connection
+
+
+def test_a_bad_observation_fails_nobody_else(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = PolicyServer(policy)
+    predict, first_is_asked = server.predict_batch, threading.Event()
+
+    def slowly(*arguments):
+        if not first_is_asked.is_set():
+            first_is_asked.set()
+            # Meanwhile the others' observations come together.
+            time.sleep(0.5)
+        return predict(*arguments)
+
+    monkeypatch.setattr(server, "predict_batch", slowly)
+    good = {"images": seen(1), "task_description": "go", "states": state(1)}
+
+    async def ask(url: str) -> list[object]:
+        clients = [await connected(url, number) for number in range(3)]
+        first = asyncio.create_task(clients[0].act(good))
+        await asyncio.to_thread(first_is_asked.wait, 20)
+        others = [clients[1].act({**good, "states": state(1) * float("nan")}), clients[2].act(good)]
+        answers = await asyncio.gather(first, *others, return_exceptions=True)
+        for client in clients:
+            await client.close()
+        return answers
+
+    with serve_background(server) as handle:
+        first, bad, other = asyncio.run(ask(handle.url))
+    assert "eight finite numbers" in str(bad)
+    for answer in (first, other):
+        assert isinstance(answer, dict), answer
+        assert np.isfinite(answer["actions"]).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"states": state(1)[:7]}, "eight finite numbers"),
+        ({"images": {**seen(1), "wrist": np.zeros((28, 42), np.uint8)}}, "uint8 RGB"),
+        ({"images": {"primary": seen(1)["primary"]}}, r"no images\.wrist"),
+        ({"task_description": None}, "instruction is a text"),
+    ],
+)
+def test_observations_are_checked_before_they_are_gathered(
+    policy: Policy, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = PolicyServer(policy)
+    monkeypatch.setattr(server, "predict_batch", lambda *_: pytest.fail("it was gathered"))
+    context = SessionContext("a session", "an episode")
+    observation = {"images": seen(1), "task_description": "go", "states": state(1), **changes}
+    with pytest.raises(ConfigError, match="before its episode"):
+        asyncio.run(server.on_observation(observation, context))
+    asyncio.run(server.on_episode_start({}, context))
+    with pytest.raises((ConfigError, ShapeError), match=message):
+        asyncio.run(server.on_observation(observation, context))
 
 
 def test_scripted_rows_run_through_the_same_harness(point_world: Plans, tmp_path: Path) -> None:

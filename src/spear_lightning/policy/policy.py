@@ -207,15 +207,23 @@ class Policy(nn.Module):
 
         Raises:
             ConfigError: If a camera is unknown to the policy, or no camera is given.
-            ShapeError: If an image or the state has the wrong shape or type.
+            ShapeError: If an image or the state has the wrong shape or type, or the instruction is no text.
         """
         device = self.normalizer.fitted.device
         generator = torch.Generator(device).manual_seed(seed)
         batch = self.observe(images, instruction, state).to(device)
         return self.sample_chunk(batch, generator)[0].float().cpu().numpy()
 
-    def observe(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> RobotBatch:
-        """Turn one raw observation (see `act`) into a batch of one, exactly as the training data path does."""
+    def check_observation(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> Tensor:
+        """Check all of a raw observation (see `act`); cheap.
+
+        Returns:
+            The state, float32 (8,), as training data has it.
+
+        Raises:
+            ConfigError: If a camera is unknown to the policy, or no camera is given.
+            ShapeError: If an image or the state has the wrong shape or type, or the instruction is no text.
+        """
         interface = self.require_interface()
         unknown = sorted(set(images) - set(interface.cameras))
         if unknown or not images:
@@ -225,7 +233,21 @@ class Policy(nn.Module):
                 found=sorted(images),
                 expected=f"some of {sorted(interface.cameras)}",
             )
-        pose_8 = canonical_state(state)
+        for name, image in images.items():
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ShapeError(
+                    "An image must be uint8 RGB (height, width, 3)",
+                    where=f"images[{name!r}]",
+                    found=f"{image.dtype} {image.shape}",
+                )
+        if not isinstance(instruction, str):
+            raise ShapeError("An instruction is a text", where="instruction", found=instruction)
+        return canonical_state(state)
+
+    def observe(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> RobotBatch:
+        """Turn one raw observation (see `act`) into a batch of one, exactly as the training data path does."""
+        interface = self.require_interface()
+        pose_8 = self.check_observation(images, instruction, state)
         pixels, present = {}, {}
         for name, camera in interface.cameras.items():
             image = images.get(name)
@@ -233,12 +255,6 @@ class Policy(nn.Module):
             if image is None:
                 pixels[name] = torch.zeros((1, 3, camera.height, camera.width), dtype=torch.uint8)
                 continue
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ShapeError(
-                    "An image must be uint8 RGB (height, width, 3)",
-                    where=f"images[{name!r}]",
-                    found=f"{image.dtype} {image.shape}",
-                )
             pixels[name] = fit_image(image, camera)[None]
         chunk = torch.zeros((1, interface.horizon, STATE_WIDTH))
         chunk[..., 6] = 1.0

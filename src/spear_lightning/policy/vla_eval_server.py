@@ -107,6 +107,22 @@ class PolicyServer(PredictModelServer):
         self._episodes.pop(ctx.session_id, None)
         await super().on_episode_end(result, ctx)
 
+    async def on_observation(self, obs: dict[str, Any], ctx: SessionContext) -> None:
+        """Check an observation before it is put into a batch: an error there would reach all that are in it.
+
+        Raises:
+            ConfigError: If it belongs to no episode, or lacks something.
+            ShapeError: If an image, the instruction or the state has the wrong shape or type.
+        """
+        if ctx.session_id not in self._episodes:
+            raise ConfigError(
+                "An observation came before its episode",
+                where=f"session {ctx.session_id}",
+                remedy="let the benchmark start an episode first",
+            )
+        self.policy.check_observation(*self._seen(obs))
+        await super().on_observation(obs, ctx)
+
     def predict_batch(
         self, obs_batch: list[dict[str, Any]], ctx_batch: list[SessionContext]
     ) -> list[dict[str, Any]]:
@@ -118,13 +134,9 @@ class PolicyServer(PredictModelServer):
 
         Returns:
             For each `{"actions": float32 (H, 8)}`: absolute targets in the base frame.
-
-        Raises:
-            ConfigError: If an observation lacks something or has a camera that the policy does not know.
-            ShapeError: If an image or a state has the wrong shape or type.
         """
         noises = [self._noise(ctx) for ctx in ctx_batch]
-        batches = [self._observe(observation) for observation in obs_batch]
+        batches = [self.policy.observe(*self._seen(observation)) for observation in obs_batch]
         targets: list[dict[str, Any]] = []
         for start in range(0, len(batches), self.batch_size):
             several = slice(start, start + self.batch_size)
@@ -137,7 +149,8 @@ class PolicyServer(PredictModelServer):
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         return self.policy.flow.noise((1, self.policy.require_interface().horizon), generator)
 
-    def _observe(self, observation: Mapping[str, Any]) -> RobotBatch:
+    def _seen(self, observation: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str, np.ndarray]:
+        """Return the images, instruction and state that the policy sees of an observation."""
         images = observation.get("images") or {}
         missing = [key for key in ("task_description", "states") if key not in observation]
         missing += [f"images.{camera}" for camera in self.cameras if camera not in images]
@@ -150,7 +163,7 @@ class PolicyServer(PredictModelServer):
                 remedy="let the benchmark send them; a camera it does not have can be named in absent_cameras",
             )
         seen = {camera: images[camera] for camera in self.cameras}
-        return self.policy.observe(seen, observation["task_description"], observation["states"])
+        return seen, observation["task_description"], observation["states"]
 
     def _targets(self, batches: list[RobotBatch], noises: list[Tensor]) -> np.ndarray:
         """Return absolute targets, float32 (B, H, 8), for at most `batch_size` observations."""

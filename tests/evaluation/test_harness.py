@@ -11,11 +11,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from scipy.spatial.transform import Rotation
 from vla_eval.api import serve_background
 from vla_eval.connection import Connection
 from vla_eval.model_servers.base import SessionContext
@@ -33,6 +35,7 @@ from spear_lightning.evaluation.harness import (
 )
 from spear_lightning.evaluation.protocol import EvalResult
 from spear_lightning.evaluation.shards import EvaluationError
+from spear_lightning.geometry.poses import ChunkMode
 from spear_lightning.policy import Policy, load_policy
 from spear_lightning.policy.vla_eval_server import PolicyServer
 
@@ -153,14 +156,52 @@ def state(value: int) -> np.ndarray:
     return np.array([0.2 + 0.1 * value, 0, 0.1, 0, 0, 0, 1, 1], np.float32)
 
 
-def test_targets_are_the_chunk_applied_to_the_state(policy: Policy) -> None:
+@pytest.mark.parametrize("mode", get_args(ChunkMode))
+@pytest.mark.parametrize("turned", [[0, 0, 0, 1], [0.1, -0.5, 0.3, 0.8]])
+def test_targets_are_the_chunk_applied_to_the_state(
+    policy: Policy, mode: ChunkMode, turned: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "interface", replace(policy.require_interface(), chunk_mode=mode))
+    start = np.array([0.3, 0, 0.1, *(turned / np.linalg.norm(turned)), 1], np.float32)
     noise = policy.flow.noise((1, 5), torch.Generator().manual_seed(3))
-    batch = policy.observe(seen(1), "go", state(1))
+    batch = policy.observe(seen(1), "go", start)
     chunk = policy.sample_chunk(batch, None, noise=noise)[0].numpy()
     targets = PolicyServer(policy)._targets([batch], [noise])[0]
-    # Cumulative chunks, and the tool starts unturned: translations add to the position, rotations are the chunk's.
-    assert targets[:, :3] == pytest.approx(state(1)[:3] + chunk[:, :3], abs=1e-6)
-    assert targets[:, 3:] == pytest.approx(chunk[:, 3:], abs=1e-6)
+    before_x, before_R = start[:3], Rotation.from_quat(start[3:7])
+    for action, target in zip(chunk, targets, strict=True):
+        # Translations are along the base's axes, rotations about the tool's.
+        position, rotation = before_x + action[:3], before_R * Rotation.from_quat(action[3:7])
+        assert target[:3] == pytest.approx(position, abs=1e-6)
+        assert target[3:7] == pytest.approx(rotation.as_quat(canonical=True), abs=1e-5)
+        assert target[7] == action[7]
+        if mode == "per_step":
+            before_x, before_R = position, rotation
+
+
+def test_episodes_that_ended_or_whose_client_vanished_are_forgotten(policy: Policy) -> None:
+    server = PolicyServer(policy)
+
+    async def come_and_go(url: str) -> None:
+        ends, vanishes = [await connected(url, number) for number in range(2)]
+        observation = {"images": seen(1), "task_description": "go", "states": state(1)}
+        for client in (ends, vanishes):
+            await client.act(observation)
+        assert len(server._episodes) == 2
+        await ends.end_episode({})
+        # Of one client, messages are answered in order.
+        with pytest.raises(RuntimeError, match="before its episode"):
+            await ends.act(observation)
+        assert len(server._episodes) == 1
+        await vanishes.close()
+        for _ in range(100):
+            if not server._episodes:
+                break
+            await asyncio.sleep(0.1)
+        await ends.close()
+
+    with serve_background(server) as handle:
+        asyncio.run(come_and_go(handle.url))
+    assert server._episodes == {}
 
 
 async def connected(url: str, number: int) -> Connection:

@@ -206,6 +206,13 @@ def test_pictures_may_be_views(policy: Policy) -> None:
     assert np.array_equal(policy.act(rgb, "reach", STATE), policy.act(observation(), "reach", STATE))
 
 
+def test_space_around_an_instruction_does_not_matter(policy: Policy) -> None:
+    plain = policy.act(observation(), "reach", STATE)
+    assert np.array_equal(policy.act(observation(), " reach\n", STATE), plain)
+    with pytest.raises(ShapeError, match="instruction is a text"):
+        policy.act(observation(), None, STATE)  # type: ignore[arg-type]
+
+
 def test_losses_have_all_parts_and_gradients(policy: Policy) -> None:
     batch = policy.observe(observation(), "reach", STATE)
     losses = policy.losses(batch, torch.Generator().manual_seed(0))

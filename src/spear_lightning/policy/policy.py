@@ -261,7 +261,7 @@ class Policy(nn.Module):
         return RobotBatch(
             images=pixels,
             image_mask=present,
-            instructions=[instruction],
+            instructions=[instruction.strip()],
             state=pose_8[None],
             actions=chunk,
             action_mask=torch.ones((1, interface.horizon), dtype=torch.bool),

@@ -168,12 +168,12 @@ def test_a_chunk_is_physical_and_depends_on_what_is_seen(policy: Policy) -> None
 
 
 def test_pixels_of_an_absent_camera_do_not_matter(policy: Policy) -> None:
-    def sampled(fill: int) -> Tensor:
-        batch = policy.observe(observation(("primary",)), "reach", STATE)
+    def sampled(fill: int, absent: dict[str, None]) -> Tensor:
+        batch = policy.observe({**observation(("primary",)), **absent}, "reach", STATE)
         batch.images["wrist"] = torch.full_like(batch.images["wrist"], fill)
         return policy.sample_chunk(batch, torch.Generator().manual_seed(0))
 
-    assert torch.equal(sampled(0), sampled(255))
+    assert torch.equal(sampled(0, {}), sampled(255, {"wrist": None}))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +183,9 @@ def test_pixels_of_an_absent_camera_do_not_matter(policy: Policy) -> None:
         (observation(("side",)), STATE, "cameras do not fit"),
         ({"primary": np.zeros((48, 64, 3), np.float32)}, STATE, "uint8 RGB"),
         ({"primary": np.zeros((3, 48, 64), np.uint8)}, STATE, "uint8 RGB"),
+        ({"primary": np.zeros((0, 64, 3), np.uint8)}, STATE, "uint8 RGB"),
+        ({"primary": np.zeros((48, 64, 3), np.uint8).tolist()}, STATE, "uint8 RGB"),
+        ({"primary": torch.zeros((48, 64, 3), dtype=torch.uint8)}, STATE, "uint8 RGB"),
         (observation(), STATE[:7], "eight finite numbers"),
         (observation(), STATE * np.float32("nan"), "eight finite numbers"),
         (observation(), np.array([0.3, 0, 0.1, 0, 0, 0, 0, 1]), "unit quaternion"),

@@ -234,11 +234,15 @@ class Policy(nn.Module):
                 expected=f"some of {sorted(interface.cameras)}",
             )
         for name, image in images.items():
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            if image is None:  # As if it were not given.
+                continue
+            is_array = isinstance(image, np.ndarray)
+            if not is_array or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ShapeError(
                     "An image must be uint8 RGB (height, width, 3)",
                     where=f"images[{name!r}]",
-                    found=f"{image.dtype} {image.shape}",
+                    found=f"{image.dtype} {image.shape}" if is_array else type(image).__name__,
+                    expected="a NumPy array",
                 )
         if not isinstance(instruction, str):
             raise ShapeError("An instruction is a text", where="instruction", found=instruction)

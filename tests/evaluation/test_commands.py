@@ -63,6 +63,17 @@ def test_what_cannot_be_evaluated_is_said(
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_are_in_the_folder_already_stay(tmp_path: Path) -> None:
+    mine = tmp_path / "frames" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("of another program")
+    small = ["--tasks", "touch", "--episodes", "1", "--recorded", "1", "--cameras", "primary=56x42"]
+    assert cli.main(["eval", "--policy", "expert", *small, "--out", str(tmp_path)]) == 0
+    assert mine.read_text() == "of another program"
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+    assert (tmp_path / "episodes.png").is_file()
+
+
 def test_camera_sizes_are_read(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["eval", "--policy", "expert", "--cameras", "primary=160"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import get_args
 
 from rich.console import Console
@@ -57,22 +57,23 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             "The folder already holds a result", where=folder, remedy="name another with --out, or delete it"
         )
-    with _progress() as progress:
-        result = _evaluate(options, folder, progress)
-    path = write_result(result, folder)
-    console = Console()
-    console.print(result_table(result))
-    if options.recorded:
-        from spear_lightning.evaluation.contact_sheet import draw_episodes
+    # Not in the folder of the result, which may hold anything. One that is interrupted may still be written to.
+    with TemporaryDirectory(prefix="spear_eval_", ignore_cleanup_errors=True) as frames:
+        with _progress() as progress:
+            result = _evaluate(options, folder, progress, Path(frames))
+        path = write_result(result, folder)
+        console = Console()
+        console.print(result_table(result))
+        if options.recorded:
+            from spear_lightning.evaluation.contact_sheet import draw_episodes
 
-        for picture in draw_episodes(result, folder / "frames", folder):
-            console.print(f"-> {picture}")
-        shutil.rmtree(folder / "frames", ignore_errors=True)
+            for picture in draw_episodes(result, Path(frames), folder):
+                console.print(f"-> {picture}")
     console.print(f"-> {path}")
     return 0
 
 
-def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progress) -> EvalResult:
+def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progress, frames: Path) -> EvalResult:
     from spear_lightning.evaluation.harness import (
         PLAIN_TABLETOP,
         TABLETOP,
@@ -96,7 +97,7 @@ def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progre
     )
     require_harness()
     if options.policy is not None:
-        return evaluate_scripted(options.policy, plan, folder, progress)
+        return evaluate_scripted(options.policy, plan, folder, progress, frames)
     import torch
 
     from spear_lightning.policy import read_checkpoint
@@ -116,7 +117,7 @@ def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progre
     )
     weights = options.weights if averaged else "raw"
     return evaluate_policy(
-        server, describe_server(server, str(options.checkpoint), weights), plan, folder, progress
+        server, describe_server(server, str(options.checkpoint), weights), plan, folder, progress, frames
     )
 
 

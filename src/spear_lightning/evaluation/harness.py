@@ -81,6 +81,7 @@ def evaluate_policy(
     plan: EvaluationPlan,
     folder: Path,
     progress: Progress | None = None,
+    frames: Path | None = None,
 ) -> EvalResult:
     """Evaluate a policy.
 
@@ -88,18 +89,23 @@ def evaluate_policy(
         server: Serves the policy.
         contestant: What to write into the result (see `describe_server`).
         plan: Which episodes.
-        folder: For the harness's files (`harness/`) and the pictures of recorded episodes (`frames/`).
+        folder: For the harness's files (`harness/`).
         progress: Called with the episodes that are done and all there are, now and then.
+        frames: Folder for the pictures of the plan's recorded episodes; without it none are kept.
 
     Raises:
         ConfigError: If plan and policy do not fit each other or the world.
         EvaluationError: If an episode or a process broke off.
     """
-    return _evaluate(server, "policy", contestant, plan, folder, progress)
+    return _evaluate(server, "policy", contestant, plan, folder, progress, frames)
 
 
 def evaluate_scripted(
-    controller: str, plan: EvaluationPlan, folder: Path, progress: Progress | None = None
+    controller: str,
+    plan: EvaluationPlan,
+    folder: Path,
+    progress: Progress | None = None,
+    frames: Path | None = None,
 ) -> EvalResult:
     """Evaluate the benchmark's "expert" or "random" controller on the same episodes (see `evaluate_policy`)."""
     require_harness()
@@ -108,7 +114,7 @@ def evaluate_scripted(
     if plan.recorded and plan.cameras is None:
         plan = replace(plan, cameras=_SPECTATOR)
     contestant = Contestant(name=controller, source="scripted")
-    return _evaluate(StandingServer(), controller, contestant, plan, folder, progress)
+    return _evaluate(StandingServer(), controller, contestant, plan, folder, progress, frames)
 
 
 def require_harness() -> None:
@@ -240,6 +246,7 @@ def _evaluate(
     plan: EvaluationPlan,
     folder: Path,
     progress: Progress | None,
+    frames: Path | None,
 ) -> EvalResult:
     wishes = server.get_observation_params()
     protocol = check_plan(plan, controller, wishes)
@@ -249,7 +256,7 @@ def _evaluate(
     cameras = wishes.get("cameras") if plan.cameras is None else plan.cameras
     output = (folder / "harness").absolute()
     output.mkdir(parents=True, exist_ok=True)
-    config = harness_config(plan, controller, folder / "frames")
+    config = harness_config(plan, controller, frames)
     report = progress or (lambda done, of: None)
     with quiet(), serve_background(server) as handle:
         config["server"]["url"] = handle.url

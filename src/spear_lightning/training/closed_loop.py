@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -154,15 +154,15 @@ class ClosedLoopEvaluation(Callback):
 
     def _evaluate(self, trainer: L.Trainer, module: VLAModule) -> None:
         folder = Path(trainer.default_root_dir) / "closed_loop" / f"step_{trainer.global_step:07d}"
-        with averages_in_eval_mode(trainer, module) as weights:
-            server = self._server(module.policy)
-            contestant = describe_server(server, f"step {trainer.global_step}", weights)
-            if self._is_known(folder, server, contestant):
-                return
-            result = evaluate_policy(server, contestant, self.plan, folder)
-        write_result(result, folder)
-        pictures = draw_episodes(result, folder / "frames", folder)
-        shutil.rmtree(folder / "frames", ignore_errors=True)
+        with TemporaryDirectory(prefix="spear_closed_loop_") as frames:
+            with averages_in_eval_mode(trainer, module) as weights:
+                server = self._server(module.policy)
+                contestant = describe_server(server, f"step {trainer.global_step}", weights)
+                if self._is_known(folder, server, contestant):
+                    return
+                result = evaluate_policy(server, contestant, self.plan, folder, frames=Path(frames))
+            write_result(result, folder)
+            pictures = draw_episodes(result, Path(frames), folder)
         rates = ", ".join(f"{task} {rate_of(result.of_task(task))}" for task in result.protocol.tasks)
         log.info("Closed loop at step %d: %s", trainer.global_step, rates)
         metrics = closed_loop_metrics(result)

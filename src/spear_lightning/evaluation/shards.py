@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -87,8 +88,11 @@ def run_shards(run: HarnessRun, processes: int, progress: Progress) -> dict[str,
             stack.enter_context(_shard([*command, "--shard-id", str(number)], _log_of(run, number)))
             for number in range(processes)
         ]
-        for number, shard in enumerate(shards):
-            _await_shard(shard, _log_of(run, number), lambda: progress(_episodes_done(run), run.episodes))
+        while any(shard.poll() is None for shard in shards):
+            _raise_if_failed(shards, run)
+            progress(_episodes_done(run), run.episodes)
+            time.sleep(_POLL_SECONDS)
+        _raise_if_failed(shards, run)
     with contextlib.redirect_stdout(io.StringIO()):
         aggregate: dict[str, Any] = export_eval(run.folder, run.name)[0]
     return aggregate
@@ -113,19 +117,17 @@ def _shard(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def _await_shard(process: subprocess.Popen[bytes], log: Path, poll: Callable[[], None]) -> None:
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(_POLL_SECONDS)
-            break
-        poll()
-    if status != 0:
-        lines = log.read_text(errors="replace").splitlines()
-        raise EvaluationError(
-            "A simulating process failed",
-            where=log,
-            found=f"exit status {status}; its last lines:\n" + "\n".join(lines[-_LAST_LINES:]),
-        )
+def _raise_if_failed(shards: list[subprocess.Popen[bytes]], run: HarnessRun) -> None:
+    for number, shard in enumerate(shards):
+        # None while it runs.
+        if shard.poll():
+            log = _log_of(run, number)
+            lines = log.read_text(errors="replace").splitlines()
+            raise EvaluationError(
+                "A simulating process failed",
+                where=log,
+                found=f"exit status {shard.returncode}; its last lines:\n" + "\n".join(lines[-_LAST_LINES:]),
+            )
 
 
 def _episodes_done(run: HarnessRun) -> int:

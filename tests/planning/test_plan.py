@@ -25,6 +25,7 @@ from spear_lightning.training.sharding import shard_blocks
 FOLDER = Path(__file__).resolve().parents[2] / "experiments"
 pytestmark = pytest.mark.slow
 
+TINY = FOLDER.parent / "tests" / "conf"
 FULL, SHARDED = FOLDER / "vla_oxe.yaml", FOLDER / "parallel" / "sharded.yaml"
 GIB = 2**30
 
@@ -133,6 +134,37 @@ def test_arguments_that_are_mappings_are_replaced(tmp_path: Path, capsys: pytest
     assert found["shares"] == line["shares"]
 
 
+@pytest.mark.parametrize(("name", "horizon"), [("vla", 5), ("vlm", 0)])
+def test_what_is_not_given_is_as_training_has_it(tmp_path: Path, name: str, horizon: int) -> None:
+    values = yaml.safe_load((TINY / f"{name}.yaml").read_text())
+    for argument in ("batch_size", "chunks"):
+        values["data"]["init_args"].pop(argument, None)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(values))
+    found = read_experiment([path])
+    assert (found.batch_size, found.horizon) == (32, horizon)
+    values["data"]["class_path"] = "spear_lightning.training.NoDataModule"
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="no such data module"):
+        read_experiment([path])
+
+
+def test_prompts_are_as_long_as_they_are_padded(tmp_path: Path) -> None:
+    values = yaml.safe_load((TINY / "vla.yaml").read_text())
+    policy = values["model"]["init_args"]["policy"]["init_args"]
+    prompt, vlm = (part["init_args"] for part in (policy["prompt"], policy["vla"]["init_args"]["vlm"]))
+    path = tmp_path / "experiment.yaml"
+    for part, changes, expected in (
+        (prompt, {"max_length": 37, "multiple": None}, 37),
+        (vlm, {"packed": True}, None),
+        (vlm, {"packed": False}, 37),
+        (prompt, {"multiple": 8}, None),
+    ):
+        part.update(changes)
+        path.write_text(yaml.safe_dump(values))
+        assert read_experiment([path]).text_tokens == expected
+
+
 def test_days_count_all_batches_of_a_step(experiment: Experiment) -> None:
     phases = replace(experiment, starts={"align": 0, "all": 10_000}, max_steps=30_000)
     assert phases.batches == 1
@@ -141,7 +173,7 @@ def test_days_count_all_batches_of_a_step(experiment: Experiment) -> None:
 
 
 def test_the_command_prints_a_plan_and_says_if_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    tiny = str(FOLDER.parent / "tests" / "conf" / "vla.yaml")
+    tiny = str(TINY / "vla.yaml")
     assert cli.main(["plan", f"--config={tiny}", f"--config={SHARDED}", "--gpus=2", "--gpu=h100-80"]) == 0
     printed = capsys.readouterr().out
     assert "It fits: 2 GiB of 78." in printed

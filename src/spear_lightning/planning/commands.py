@@ -46,7 +46,8 @@ def main(arguments: list[str]) -> int:
             expected=f"a divisor of {options.gpus}",
         )
     gpu = GPUS[options.gpu]
-    text_tokens = options.text_tokens or (TEXT_TOKENS_VLA if experiment.horizon else TEXT_TOKENS_VLM)
+    usual = TEXT_TOKENS_VLA if experiment.horizon else TEXT_TOKENS_VLM
+    text_tokens = options.text_tokens or experiment.text_tokens or usual
     plans = {}
     for phase, trained in experiment.phases.items():
         trace = trace_step(
@@ -73,8 +74,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text_tokens",
         type=_positive,
-        help=f"tokens of text of a sample (default: {TEXT_TOKENS_VLA} of an instruction, {TEXT_TOKENS_VLM} of "
-        "questions with their answers)",
+        help="tokens of text of a sample (default: prompt.max_length if all instructions are padded to it, else "
+        f"{TEXT_TOKENS_VLA} of an instruction, {TEXT_TOKENS_VLM} of questions with their answers)",
     )
     return parser.parse_args(arguments)
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from spear_lightning.errors import ConfigError
+from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.training.activation_checkpointing import chosen_blocks
 from spear_lightning.training.base_module import SpearModule
@@ -32,6 +34,7 @@ class Experiment:
         starts: Phase name -> optimizer step at which it begins.
         cameras: Camera name -> size.
         horizon: Actions in a chunk; 0 for a VLM.
+        text_tokens: Tokens of every prompt; `None` where they follow from the texts.
         batch_size: Samples of a batch, over all processes.
         batches: Batches of an optimizer step, whose gradients are added up.
         max_steps: Optimizer steps.
@@ -50,6 +53,7 @@ class Experiment:
     starts: dict[str, int]
     cameras: dict[str, CameraSpec]
     horizon: int
+    text_tokens: int | None
     batch_size: int
     batches: int
     max_steps: int
@@ -79,7 +83,7 @@ def read_experiment(paths: Sequence[str | Path]) -> Experiment:
         if section not in config:
             raise ConfigError("A plan needs a whole experiment", where=section, found="nothing")
     module = build_module(config["model"])
-    data, trainer = config["data"].get("init_args", {}), config["trainer"]
+    data, trainer = _data_arguments(config["data"]), config["trainer"]
     callbacks = {str(item["class_path"]).rsplit(".", 1)[-1]: item for item in trainer.get("callbacks") or []}
     phases, starts = _phases(module, callbacks.get("FreezeSchedule"))
     strategy = trainer.get("strategy", "auto")
@@ -90,8 +94,9 @@ def read_experiment(paths: Sequence[str | Path]) -> Experiment:
         phases=phases,
         starts=starts,
         cameras={name: CameraSpec(**camera) for name, camera in data.get("cameras", {}).items()},
-        horizon=data.get("chunks", {}).get("horizon", 5) if hasattr(module, "policy") else 0,
-        batch_size=data.get("batch_size", 1),
+        horizon=_horizon(data["chunks"]) if hasattr(module, "policy") else 0,
+        text_tokens=_text_tokens(module),
+        batch_size=data["batch_size"],
         batches=trainer.get("accumulate_grad_batches", 1),
         max_steps=trainer.get("max_steps", -1),
         sharded=isinstance(strategy, Mapping) and str(strategy["class_path"]).endswith("ShardedStrategy"),
@@ -103,6 +108,32 @@ def read_experiment(paths: Sequence[str | Path]) -> Experiment:
         recomputed=_recomputed(module, callbacks.get("ActivationCheckpointing")),
         fused=bool(module.recipe.fused),
     )
+
+
+def _data_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a data module's arguments, those that are not given as its constructor has them."""
+    path = str(config.get("class_path"))
+    module, _, name = path.rpartition(".")
+    try:
+        parameters = signature(getattr(import_module(module), name)).parameters.values()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            "There is no such data module", where="data.class_path", found=path, expected=error
+        ) from error
+    defaults = {item.name: item.default for item in parameters if item.default is not Parameter.empty}
+    return {**defaults, **config.get("init_args", {})}
+
+
+def _horizon(chunks: ChunkSpec | Mapping[str, Any]) -> int:
+    return (chunks if isinstance(chunks, ChunkSpec) else ChunkSpec(**chunks)).horizon
+
+
+def _text_tokens(module: SpearModule) -> int | None:
+    """Return the length to which a policy pads all prompts, if it does and computes the padding too."""
+    policy = getattr(module, "policy", None)
+    if policy is None or policy.vla.vlm.packed or policy.prompt.multiple is not None:
+        return None
+    return int(policy.prompt.max_length)
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, Any]:

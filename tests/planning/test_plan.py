@@ -92,6 +92,19 @@ def test_predictions_lie_near_what_was_measured(experiment: Experiment, trace: T
         assert (memory.peak - table) / GIB == pytest.approx(peak, rel=0.06)
 
 
+def test_settings_name_the_memory_that_they_need() -> None:
+    trace = None
+    for name, gpu in (("h200_141", "h200-141"), ("h100_80", "h100-80")):
+        overlay = FOLDER / "parallel" / f"{name}.yaml"
+        case = read_experiment([FULL, overlay])
+        if trace is None:
+            assert case.text_tokens is not None
+            names = case.phases["vla"]
+            trace = trace_step(case.module.components, names, case.cameras, case.text_tokens, case.horizon)
+        peak = memory_of(case, "vla", 32, trace.recomputing(case.recomputed)).peak
+        assert f"`spear plan`: {peak / GIB:.0f} of {GPUS[gpu].memory / GIB:.0f} GiB" in overlay.read_text()
+
+
 def test_recomputed_blocks_keep_little_and_cost_a_forward_pass(experiment: Experiment, trace: Trace) -> None:
     again = trace.recomputing(trace.blocks)
     assert again.kept_bytes < 0.2 * trace.kept_bytes

@@ -87,3 +87,17 @@ def test_the_command_writes_them(tmp_path: Path) -> None:
         for kind in ("--depth_pictures", "--labelled_images"):
             with pytest.raises(ConfigError, match=rf"(?s)all of the world.*{option[0]}"):
                 main([*out, kind, "5", "--cameras", "primary=28x14", *option])
+
+
+@pytest.mark.parametrize(
+    ("option", "number", "message"),
+    [("--depth_pictures", "7", "whole scenes"), ("--labelled_images", "-1", "no images to write")],
+)
+def test_a_part_that_cannot_be_written_is_refused_before_the_others_are(
+    tmp_path: Path, option: str, number: str, message: str
+) -> None:
+    others = {"--episodes": "1", "--labelled_images": "1", option: number}
+    arguments = [part for pair in others.items() for part in pair]
+    with pytest.raises(ConfigError, match=message):
+        main(["--out", str(tmp_path / "out"), *arguments, "--cameras", "primary=28x14", "--processes", "1"])
+    assert not (tmp_path / "out").exists()

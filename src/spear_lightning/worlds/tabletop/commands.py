@@ -8,7 +8,12 @@ from pathlib import Path
 from rich.console import Console
 
 from spear_lightning.errors import ConfigError
-from spear_lightning.worlds.tabletop.demonstrations import IMAGE_SIZES, DemonstrationPlan, write_demonstrations
+from spear_lightning.worlds.tabletop.demonstrations import (
+    IMAGE_SIZES,
+    DemonstrationPlan,
+    check_demonstrations,
+    write_demonstrations,
+)
 from spear_lightning.worlds.tabletop.tasks import TASKS
 
 
@@ -87,8 +92,9 @@ def _run(options: argparse.Namespace) -> None:
             expected="primary=WxH among them",
         )
     out, console = Path(options.out), Console()
+    plan = DemonstrationPlan(options.episodes, tuple(tasks), sizes, options.seed, (fewest, most), plain)
+    _check(options, plan, out)
     if options.episodes:
-        plan = DemonstrationPlan(options.episodes, tuple(tasks), sizes, options.seed, (fewest, most), plain)
         folder = write_demonstrations(out, plan, options.processes)
         console.print(f"{options.episodes} demonstrations: {folder}", soft_wrap=True)
     if options.labelled_images:
@@ -103,6 +109,20 @@ def _run(options: argparse.Namespace) -> None:
         folder = out / "depth"
         write_depth_pictures(folder, options.depth_pictures, options.seed, sizes["primary"], options.processes)
         console.print(f"{options.depth_pictures} pictures with depth: {folder}", soft_wrap=True)
+
+
+def _check(options: argparse.Namespace, plan: DemonstrationPlan, out: Path) -> None:
+    """Refuse what a part cannot do before another is written."""
+    if options.episodes:
+        check_demonstrations(out, plan)
+    if options.labelled_images:
+        from spear_lightning.worlds.tabletop.labelled_images import check_labelled_images
+
+        check_labelled_images(out / "labels", options.labelled_images)
+    if options.depth_pictures:
+        from spear_lightning.worlds.tabletop.depth_pictures import check_depth_pictures
+
+        check_depth_pictures(out / "depth", options.depth_pictures, options.seed, plan.image_sizes["primary"])
 
 
 def camera_size(text: str) -> tuple[str, tuple[int, int]]:

@@ -108,12 +108,8 @@ def write_demonstrations(root: Path, plan: DemonstrationPlan, processes: int | N
     Raises:
         ConfigError: If the plan cannot be carried out, or the folder already holds a data set.
     """
-    _check(plan)
+    check_demonstrations(root, plan)
     folder = root / NAME / VERSION
-    if (folder / "dataset_info.json").exists():
-        raise ConfigError(
-            "The folder already holds demonstrations", where=folder, remedy="name another one, or delete it"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     write = partial(_write_shard, folder, plan)
     lengths = dict(shards_in_parallel(write, plan.shards(), processes or os.cpu_count() or 1, "demonstrations"))
@@ -122,8 +118,8 @@ def write_demonstrations(root: Path, plan: DemonstrationPlan, processes: int | N
     return folder
 
 
-def _check(plan: DemonstrationPlan) -> None:
-    """Refuse a plan before processes are started for it."""
+def check_demonstrations(root: Path, plan: DemonstrationPlan) -> None:
+    """Refuse what `write_demonstrations` cannot do, before anything is written or a process is started."""
     fewest, most = plan.distractors
     checks = (
         ("tasks", plan.tasks, bool(plan.tasks) and set(plan.tasks) <= set(TASKS), f"of {list(TASKS)}"),
@@ -135,6 +131,11 @@ def _check(plan: DemonstrationPlan) -> None:
     for where, found, good, expected in checks:
         if not good:
             raise ConfigError("These demonstrations cannot be made", where=where, found=found, expected=expected)
+    folder = root / NAME / VERSION
+    if (folder / "dataset_info.json").exists():
+        raise ConfigError(
+            "The folder already holds demonstrations", where=folder, remedy="name another one, or delete it"
+        )
 
 
 def _write_shard(folder: Path, plan: DemonstrationPlan, episodes: range) -> list[int]:

@@ -76,18 +76,12 @@ def write_depth_pictures(
     Raises:
         ConfigError: If there is nothing to write, scenes would be cut in two, or the folder holds other pictures.
     """
-    if pictures < 1 or pictures % VIEWS or shard_size % VIEWS:
-        raise ConfigError(
-            "Pictures come in whole scenes",
-            where="depth_pictures",
-            found=f"{pictures} in shards of {shard_size}",
-            expected=f"positive multiples of {VIEWS}",
-        )
     folder = Path(out)
+    plan = check_depth_pictures(folder, pictures, seed, size, shard_size)
     folder.mkdir(parents=True, exist_ok=True)
-    _require_same_plan(
-        folder, {"pictures": pictures, "seed": seed, "size": list(size), "shard_size": shard_size, "views": VIEWS}
-    )
+    temporary = folder / f".{PLAN}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(plan))
+    os.replace(temporary, folder / PLAN)
     shards = [range(start, min(start + shard_size, pictures)) for start in range(0, pictures, shard_size)]
     missing = [
         shard for shard in shards if not (folder / f"{shard.start // shard_size:05d}.{PARTS[-1]}.npy").exists()
@@ -98,8 +92,18 @@ def write_depth_pictures(
     return folder
 
 
-def _require_same_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Write down what a folder is to hold; refuse one that holds, or was to hold, something else."""
+def check_depth_pictures(
+    folder: Path, pictures: int, seed: int = 0, size: tuple[int, int] = (168, 126), shard_size: int = 500
+) -> dict[str, Any]:
+    """Refuse what `write_depth_pictures` cannot do, before it writes; returns what the folder is to hold."""
+    if pictures < 1 or pictures % VIEWS or shard_size % VIEWS:
+        raise ConfigError(
+            "Pictures come in whole scenes",
+            where="depth_pictures",
+            found=f"{pictures} in shards of {shard_size}",
+            expected=f"positive multiples of {VIEWS}",
+        )
+    plan = {"pictures": pictures, "seed": seed, "size": list(size), "shard_size": shard_size, "views": VIEWS}
     path = folder / PLAN
     there = json.loads(path.read_text()) if path.is_file() else None
     if there is None and any(folder.glob("*.npy")):
@@ -112,9 +116,7 @@ def _require_same_plan(folder: Path, plan: dict[str, Any]) -> None:
             expected=plan,
             remedy="write into another folder, or delete this one",
         )
-    temporary = path.with_name(f".{PLAN}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(plan))
-    os.replace(temporary, path)
+    return plan
 
 
 def _write(folder: Path, seed: int, size: tuple[int, int], shard_size: int, numbers: range) -> None:

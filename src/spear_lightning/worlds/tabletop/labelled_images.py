@@ -57,16 +57,21 @@ def write_labelled_images(
         ConfigError: If there is nothing to write, or the folder already holds labels.
     """
     folder = Path(out)
-    if images < 1:
-        raise ConfigError("There are no images to write", where="images", found=images, expected="at least 1")
-    if any(folder.glob("*.parquet")):
-        raise ConfigError("The folder already holds labels", where=folder, remedy="name another one, or delete it")
+    check_labelled_images(folder, images)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [range(start, min(start + shard_size, images)) for start in range(0, images, shard_size)]
     write = partial(_write_shard, folder, seed, size, shard_size)
     for _ in shards_in_parallel(write, shards, processes or os.cpu_count() or 1, "labelled images"):
         pass
     return folder
+
+
+def check_labelled_images(folder: Path, images: int) -> None:
+    """Refuse what `write_labelled_images` cannot do, before anything is written."""
+    if images < 1:
+        raise ConfigError("There are no images to write", where="images", found=images, expected="at least 1")
+    if any(folder.glob("*.parquet")):
+        raise ConfigError("The folder already holds labels", where=folder, remedy="name another one, or delete it")
 
 
 def _write_shard(folder: Path, seed: int, size: tuple[int, int], shard_size: int, numbers: range) -> None:

@@ -23,6 +23,7 @@ from spear_lightning.policy import (
     PolicyInterface,
     build_policy,
     describe_policy,
+    load_answerer,
     load_policy,
     read_checkpoint,
 )
@@ -286,6 +287,21 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(tmp_path / "text.ckpt")
+
+
+@pytest.mark.parametrize("path", ["runs/last.ckpt", "runs/vlm", "./runs/vlm"])
+def test_a_mistyped_file_is_not_looked_for_on_the_hub(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> None:
+        pytest.fail("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    monkeypatch.chdir(tmp_path)
+    if not path.endswith(".ckpt"):
+        Path("runs").mkdir()
+    with pytest.raises(CheckpointError, match="There is no such SPEAR-VLM"):
+        load_answerer(path)
 
 
 class Bomb:

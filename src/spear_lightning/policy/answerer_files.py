@@ -145,7 +145,9 @@ def read_answerer(path: str | Path, weights: WeightKind = "ema") -> StoredAnswer
         checkpoint = read_checkpoint(given)
         _check_complete(checkpoint["spear"], given)
         return StoredAnswerer(checkpoint["spear"], weights_under(checkpoint, PREFIX, weights), str(given))
-    if not given.is_dir() and not HUB_ID.fullmatch(str(path)):
+    # Of two parts like a hub id, but here is the folder of the file that is missing.
+    is_path = given.suffix == ".ckpt" or given.parent.exists()
+    if not given.is_dir() and (is_path or not HUB_ID.fullmatch(str(path))):
         raise CheckpointError(
             "There is no such SPEAR-VLM",
             where=path,

@@ -277,6 +277,17 @@ def test_scripted_rows_run_through_the_same_harness(point_world: Plans, tmp_path
     assert [episode.steps for episode in chance.episodes] == [12] * 4
 
 
+def test_episodes_of_a_killed_run_are_not_counted(policy: Policy, point_world: Plans, tmp_path: Path) -> None:
+    (tmp_path / "harness").mkdir()
+    (tmp_path / "harness" / "killed.progress").write_text(json.dumps({"completed": 99}))
+    seen: list[tuple[int, int]] = []
+    server = PolicyServer(policy)
+    contestant = describe_server(server, "untrained", "raw")
+    evaluate_policy(server, contestant, point_world(), tmp_path, lambda done, of: seen.append((done, of)))
+    assert seen
+    assert all(0 <= done <= of == 8 for done, of in seen)
+
+
 def test_a_broken_episode_is_no_failure_of_the_policy(point_world: Plans, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"2 broken and 2 whole.*the table fell over"):
         evaluate_scripted("expert", point_world(episodes=2, benchmark="point_world:BrokenBenchmark"), tmp_path)

@@ -256,6 +256,9 @@ def _evaluate(
     cameras = wishes.get("cameras") if plan.cameras is None else plan.cameras
     output = (folder / "harness").absolute()
     output.mkdir(parents=True, exist_ok=True)
+    for left in output.glob("*.progress"):
+        # Of a run that was killed: its episodes would be counted as done.
+        left.unlink()
     config = harness_config(plan, controller, frames)
     report = progress or (lambda done, of: None)
     with quiet(), serve_background(server) as handle:

@@ -53,6 +53,9 @@ def test_a_checkpoint_the_expert_and_chance(
         (["--policy", "expert", "--cameras", "primary=0x42"], "at least 1 pixel"),
         (["--checkpoint", "nowhere.ckpt"], "no such checkpoint"),
         (["--policy", "expert", "--episodes", "0"], "needs episodes"),
+        (["--policy", "expert", "--cameras", "primary=56x42", "primary=84x56"], "each camera once"),
+        (["--policy", "random", "--flow_steps", "5"], "predicts no chunks"),
+        (["--policy", "expert", "--execute_steps", "2"], "predicts no chunks"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(

@@ -109,6 +109,12 @@ def test_other_protocols_are_not_compared(result: EvalResult, change: dict) -> N
         comparison_table([result, other])
 
 
+def test_tasks_in_another_order_are_compared(result: EvalResult) -> None:
+    other = replace(result, protocol=replace(PROTOCOL, tasks=PROTOCOL.tasks[::-1]))
+    assert cells(comparison_table([result, other]))[0] == ["touch", "75 % [30, 95]", "75 % [30, 95]"]
+    assert cells(comparison_table([other, result]))[0][0] == "stack"
+
+
 def test_other_contestants_are(result: EvalResult) -> None:
     other = replace(
         result,

@@ -52,6 +52,14 @@ def main(arguments: list[str]) -> int:
             where="--checkpoint, --policy",
             expected="either --checkpoint FILE or --policy expert|random",
         )
+    of_chunks = [f"--{name}" for name in ("execute_steps", "flow_steps") if getattr(options, name) is not None]
+    if options.policy is not None and of_chunks:
+        raise ConfigError(
+            "A scripted policy predicts no chunks", where=" ".join(of_chunks), remedy="leave these options out"
+        )
+    names = [name for name, _ in options.cameras or []]
+    if len(set(names)) < len(names):
+        raise ConfigError("A camera has one size", where="--cameras", found=names, expected="each camera once")
     folder = options.out
     if (folder / RESULT_FILE).exists():
         raise ConfigError(

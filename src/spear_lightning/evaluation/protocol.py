@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from spear_lightning.errors import ConfigError, DataError
@@ -150,13 +150,16 @@ class EvalResult:
 
 
 def require_same_protocol(results: Sequence[EvalResult]) -> EvalProtocol:
-    """Return the protocol that results share.
+    """Return the protocol that results share, with the tasks in the order of the first.
 
     Raises:
         ConfigError: If one was measured in another way than the first.
     """
     first = results[0].protocol
     for other in (result.protocol for result in results[1:]):
+        # An episode depends on its task and number, not on those before it.
+        if sorted(other.tasks) == sorted(first.tasks):
+            other = replace(other, tasks=first.tasks)
         differing = [
             f"{item.name}: {getattr(first, item.name)!r} and {getattr(other, item.name)!r}"
             for item in fields(EvalProtocol)

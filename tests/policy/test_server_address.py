@@ -1,4 +1,4 @@
-"""Where a policy is served: on the loopback interface unless a host is told."""
+"""The program that serves a policy: on the loopback interface unless a host is told, with plain errors."""
 
 from __future__ import annotations
 
@@ -41,5 +41,22 @@ def test_only_a_host_that_is_told_opens_the_server_to_others(
     monkeypatch.setattr(vla_eval_server, "CheckpointServer", Silent)
     served: list[tuple[str, int]] = []
     monkeypatch.setattr(serve, "serve", lambda server, host, port, **_: served.append((host, port)))
-    vla_eval_server.main()
+    assert vla_eval_server.main() == 0
     assert served == [place]
+
+
+def test_help_names_the_host_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", "--help"])
+    with pytest.raises(SystemExit):
+        vla_eval_server.main()
+    assert "(default: 127.0.0.1)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_wrong_checkpoint_is_said_in_plain_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["server", "--args.checkpoint", "nowhere.ckpt"])
+    assert vla_eval_server.main() == 1
+    assert capsys.readouterr().err.startswith("There is no such checkpoint\n  where: nowhere.ckpt")

@@ -26,7 +26,7 @@ from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, POSITION_ABSOLUTE, ROTATION_QUAT, DimSpec
 
 from spear_lightning.batches import RobotBatch
-from spear_lightning.errors import ConfigError
+from spear_lightning.errors import ConfigError, SpearError
 from spear_lightning.geometry.poses import chunk_to_poses
 from spear_lightning.policy.checkpoint import load_policy
 from spear_lightning.policy.policy import Policy
@@ -35,6 +35,7 @@ OPENNESS = DimSpec("gripper", 1, "openness_01", (0.0, 1.0), description="0 close
 STATE = DimSpec("state", 8, "eef_pos3_quat_xyzw4_openness1", description="metres, robot base frame")
 
 ACCELERATOR_BATCH = 16
+LOOPBACK = "127.0.0.1"
 
 
 class PolicyServer(PredictModelServer):
@@ -246,14 +247,28 @@ def joined(batches: list[RobotBatch]) -> RobotBatch:
     return replace(batches[0], **values)
 
 
-def main() -> None:
-    """Serve a checkpoint; the harness's own options, but on the loopback interface unless told otherwise."""
+def main() -> int:
+    """Serve a checkpoint; the harness's own options, but on the loopback interface unless told otherwise.
+
+    Returns:
+        Exit status: 1 if the policy cannot be served.
+    """
+    from jsonargparse import capture_parser
     from vla_eval.model_servers.serve import run_server
 
+    # Asked for help, it ends here and says which host is ours.
+    parser = capture_parser(run_server, CheckpointServer)
+    parser.set_defaults(host=LOOPBACK)
+    parser.parse_args()
     # First, so that a host that is told wins; an address without one, as `:8001`, does not open all interfaces.
-    sys.argv[1:1] = ["--host", "127.0.0.1"]
-    run_server(CheckpointServer)
+    sys.argv[1:1] = ["--host", LOOPBACK]
+    try:
+        run_server(CheckpointServer)
+    except SpearError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from spear_lightning.policy import (
     load_policy,
     read_checkpoint,
 )
+from spear_lightning.policy.answerer_files import CONFIG, TOKENIZER, WEIGHTS
 from spear_lightning.robot_data.chunks import ChunkSpec
 from spear_lightning.robot_data.dataset import EvenSamples, RobotDataset
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
@@ -287,6 +288,13 @@ def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_checkpoint(tmp_path / "text.ckpt")
+
+
+def test_an_exported_vlm_is_no_broken_checkpoint(tmp_path: Path) -> None:
+    for name in (WEIGHTS, CONFIG, TOKENIZER):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"exported SPEAR-VLM.*\n.*\n.*load_answerer"):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["runs/last.ckpt", "runs/vlm", "./runs/vlm"])

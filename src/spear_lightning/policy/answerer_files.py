@@ -22,6 +22,7 @@ from spear_lightning.models.encoders.weight_files import HUB_ID, load_exactly, r
 from spear_lightning.models.tokenizer_files import save_tokenizer
 from spear_lightning.policy.answerer import Answerer
 from spear_lightning.policy.checkpoint import (
+    EXPORT_CONFIG,
     SCHEMA,
     build,
     load_policy_weights,
@@ -42,7 +43,7 @@ VLM_PREFIX = "vlm."
 BASE_ROWS, NEW_ROWS = "language_model.embed_tokens.weight", "language_model.new_embeddings.weight"
 """The network's two tables of embeddings."""
 
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", EXPORT_CONFIG, "tokenizer.json"
 
 WeightKind = Literal["ema", "raw"]
 

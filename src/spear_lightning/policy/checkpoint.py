@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spear_lightning.errors import CheckpointError
 from spear_lightning.models import PromptTokenizer
 from spear_lightning.policy.policy import Policy, PolicyInterface
-from spear_lightning.policy.sharded_files import read_folder
+from spear_lightning.policy.sharded_files import META_FILE, read_folder
 
 SCHEMA = 1
 """Version of the ``spear`` entry; a change that old readers cannot read increases it."""
@@ -32,6 +32,9 @@ class Configured(Protocol):
 
 
 Built = TypeVar("Built", bound=Configured)
+
+EXPORT_CONFIG = "config.json"
+"""File that makes a folder an exported model."""
 
 POLICY_PREFIX = "policy."
 """Where a LightningModule keeps its policy, hence the prefix of its weights."""
@@ -113,6 +116,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(
             "There is no such checkpoint", where=path, expected="a .ckpt file", remedy="check the path"
+        )
+    if (path / EXPORT_CONFIG).is_file() and not (path / META_FILE).is_file():
+        raise CheckpointError(
+            "This looks like an exported SPEAR-VLM, and is no checkpoint",
+            where=path,
+            remedy="load it with `load_answerer`, or let a policy start from it: --model.vlm FOLDER",
         )
     try:
         checkpoint = (

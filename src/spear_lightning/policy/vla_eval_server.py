@@ -43,7 +43,9 @@ class PolicyServer(PredictModelServer):
 
     Same episodes, same actions: the initial noise of a chunk depends on the episode, its step and `noise_seed`
     alone, and the network always sees batches of one size, since the rounding of a matrix product depends on it.
-    How many benchmarks ask at once, and in which order, therefore does not matter.
+    How many benchmarks ask at once, and in which order, therefore does not matter, but for one thing: where
+    `prompt.multiple` is set or the network is packed, the rounding in batches of more than one depends on how long
+    the others' instructions are.
 
     Args:
         policy: The policy, in eval mode, on its device.

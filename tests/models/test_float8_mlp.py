@@ -16,6 +16,7 @@ from transformers import GemmaConfig, SiglipVisionConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
+from spear_lightning.errors import ShapeError
 from spear_lightning.models.float8 import Float8GatedMlp, Float8Mlp, replace_mlps, rounding
 from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, scale_to
 
@@ -107,6 +108,23 @@ def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     assert found["mlp.down_proj.weight"] is None
     assert torch.equal(found["mlp.up_proj.weight"], wanted["mlp.up_proj.weight"])
     assert torch.equal(found["x"], wanted["x"])
+
+
+@pytest.mark.parametrize("kind", ["gemma", "siglip"])
+def test_without_a_gradient_any_number_of_tokens_will_do(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = copy_of(_network(kind))
+    x = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(1))
+    wanted = network(x)
+
+    def no_turning(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(rounding, "round_both_ways", no_turning)
+    with torch.no_grad():
+        assert torch.equal(network(x), wanted)
+        assert network(x[0, :37]).shape == (37, 64)
+    with pytest.raises(AssertionError):
+        network(x)
 
 
 def copy_of(network: Network) -> Network:
@@ -207,6 +225,11 @@ def test_kernels_compute_what_their_reference_does(kernels: ModuleType, gated: b
     assert torch.equal(found.gate_TF.float().t(), found.gate_FT.float())
     if not gated:
         torch.testing.assert_close(found.bias_F, wanted.bias_F, rtol=1e-4, atol=1e-4)
+
+
+def test_a_number_of_tokens_that_cannot_be_multiplied_is_refused(kernels: ModuleType) -> None:
+    with pytest.raises(ShapeError, match="multiple of 16"):
+        kernels.round_both_ways(torch.randn(37, 64), torch.tensor(1.0), FORWARD)
 
 
 def test_no_gradient_is_beyond_its_bound() -> None:

@@ -22,8 +22,8 @@ _FLAT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 ASSEMBLY = torch.version.hip is None
 """Whether bytes are put together by instructions of NVIDIA's."""
 
-_WORD = 4
-"""Numbers of 8 bits that are turned at a time: rows must be a multiple of it."""
+_MULTIPLE = 16
+"""Of the rows of what is turned: products need it, and four are turned at a time."""
 
 
 def _end(kind: torch.dtype) -> float:
@@ -35,16 +35,16 @@ def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
 
 
 def _empty_turned(rows: int, columns: int, like: Tensor, kind: torch.dtype) -> Tensor:
-    """Return room for a turned matrix, which is written four numbers at a time.
+    """Return room for a turned matrix.
 
     Raises:
-        ShapeError: If the rows do not fill words.
+        ShapeError: If the number of rows is no multiple of 16.
     """
-    if rows % _WORD:
+    if rows % _MULTIPLE:
         raise ShapeError(
-            "Products in 8 bits need sides that are multiples of 16",
-            found=f"{rows} tokens",
-            expected="packed batches",
+            "Products in 8 bits need a number of tokens that is a multiple of 16",
+            found=rows,
+            remedy="pack the batches (vlm.packed), or take batches of a multiple of 16 samples",
         )
     return torch.empty(columns, rows, dtype=kind, device=like.device)
 

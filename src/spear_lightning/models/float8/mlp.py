@@ -45,12 +45,15 @@ class _Float8Mlp(torch.autograd.Function):
         bias_F: Tensor | None,
         down_DF: Tensor,
         kind: torch.dtype,
+        training: bool,
         emulate: bool,
     ) -> Tensor:
         means = _means(emulate)
 
-        def small(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def small(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
             scale = scale_to(FORWARD, values.abs().amax())
+            if not training:
+                return rounding.rounded(values, scale, FORWARD), None, scale
             return *means.round_both_ways(values, scale, FORWARD), scale
 
         x, x_turned, x_scale = small(x_TD)
@@ -101,14 +104,16 @@ class _Float8Mlp(torch.autograd.Function):
         if wanted[4]:
             down = means.product(turned, found.hidden_FT, scale, hidden_scale, weight_kind)
         bias = found.bias_F if wanted[3] else None
-        return x, gate, up, bias, down, None, None
+        return x, gate, up, bias, down, None, None, None
 
 
 def _multiply(
     x: Tensor, gate: Tensor, up: Tensor | None, bias: Tensor | None, down: Tensor, emulate: bool
 ) -> Tensor:
     kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    out = _Float8Mlp.apply(x.flatten(0, -2), gate, up, bias, down, kind, emulate)
+    differentiated = any(part is not None and part.requires_grad for part in (x, gate, up, bias, down))
+    training = torch.is_grad_enabled() and differentiated
+    out = _Float8Mlp.apply(x.flatten(0, -2), gate, up, bias, down, kind, training, emulate)
     return out.unflatten(0, x.shape[:-1])
 
 
@@ -126,7 +131,7 @@ class Float8GatedMlp(nn.Module):
         self.emulate = emulate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the MLP does with tokens (..., D), whose number must be a multiple of 16."""
+        """Return what the MLP does with tokens (..., D); for a gradient their number must be a multiple of 16."""
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return _multiply(x, gate, up, None, down, self.emulate)
 
@@ -145,7 +150,7 @@ class Float8Mlp(nn.Module):
         self.emulate = emulate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return what the MLP does with tokens (..., D), whose number must be a multiple of 16."""
+        """Return what the MLP does with tokens (..., D); for a gradient their number must be a multiple of 16."""
         out = _multiply(hidden_states, self.fc1.weight, None, self.fc1.bias, self.fc2.weight, self.emulate)
         return out + self.fc2.bias.to(out.dtype)
 

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -178,8 +177,19 @@ def test_targets_are_the_chunk_applied_to_the_state(
             before_x, before_R = position, rotation
 
 
-def test_episodes_that_ended_or_whose_client_vanished_are_forgotten(policy: Policy) -> None:
+def test_episodes_that_ended_or_whose_client_vanished_are_forgotten(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server = PolicyServer(policy)
+    end, ends_left, all_ended = server.on_episode_end, [1, 2], threading.Event()
+
+    async def told(*arguments) -> None:
+        await end(*arguments)
+        ends_left.pop()
+        if not ends_left:
+            all_ended.set()
+
+    monkeypatch.setattr(server, "on_episode_end", told)
 
     async def come_and_go(url: str) -> None:
         ends, vanishes = [await connected(url, number) for number in range(2)]
@@ -193,10 +203,7 @@ def test_episodes_that_ended_or_whose_client_vanished_are_forgotten(policy: Poli
             await ends.act(observation)
         assert len(server._episodes) == 1
         await vanishes.close()
-        for _ in range(100):
-            if not server._episodes:
-                break
-            await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(all_ended.wait, 20)
         await ends.close()
 
     with serve_background(server) as handle:
@@ -213,16 +220,24 @@ async def connected(url: str, number: int) -> Connection:
 
 def test_a_bad_observation_fails_nobody_else(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     server = PolicyServer(policy)
-    predict, first_is_asked = server.predict_batch, threading.Event()
+    predict, observe, to_come = server.predict_batch, server.on_observation, [1, 2, 3]
+    first_is_asked, all_came = threading.Event(), threading.Event()
 
     def slowly(*arguments):
-        if not first_is_asked.is_set():
-            first_is_asked.set()
-            # Meanwhile the others' observations come together.
-            time.sleep(0.5)
+        # Meanwhile the others' observations come together.
+        first_is_asked.set()
+        assert all_came.wait(20)
         return predict(*arguments)
 
+    async def told(*arguments) -> None:
+        to_come.pop()
+        if not to_come:
+            # Once this one waits for its answer.
+            asyncio.get_running_loop().call_soon(all_came.set)
+        await observe(*arguments)
+
     monkeypatch.setattr(server, "predict_batch", slowly)
+    monkeypatch.setattr(server, "on_observation", told)
     good = {"images": seen(1), "task_description": "go", "states": state(1)}
 
     async def ask(url: str) -> list[object]:

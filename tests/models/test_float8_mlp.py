@@ -158,7 +158,6 @@ def kernels() -> Iterator[ModuleType]:
     pytest.importorskip("triton", reason="Triton is made for Linux alone")
     module = importlib.import_module("spear_lightning.models.float8.kernels")
     with pytest.MonkeyPatch.context() as patch:
-        # The interpreter knows no instructions of NVIDIA's.
         patch.setattr(module, "ASSEMBLY", torch.cuda.is_available())
         yield module
 

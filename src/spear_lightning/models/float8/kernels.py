@@ -19,8 +19,8 @@ _GRADIENTS = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4}
 _FLAT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 """A tile that is not turned."""
 
-ASSEMBLY = torch.version.hip is None
-"""Whether bytes are put together by instructions of NVIDIA's."""
+ASSEMBLY = True
+"""Whether bytes are put together by instructions of NVIDIA's, which Triton's interpreter does not know."""
 
 _MULTIPLE = 16
 """Of the rows of what is turned: products need it, and four are turned at a time."""

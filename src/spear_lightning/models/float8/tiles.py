@@ -44,8 +44,9 @@ def _byte(x, kind: tl.constexpr):  # type: ignore[no-untyped-def]
 def words(a, b, c, d, kind: tl.constexpr, ASSEMBLY: tl.constexpr):  # type: ignore[no-untyped-def]
     """Round four tiles and put their bytes side by side.
 
-    Where a compiler moves single bytes that have just been rounded, NVIDIA's assembler up to 12.9 at least gets
-    some of them wrong (github.com/triton-lang/triton/issues/11111): here there are none to move.
+    On Hopper, Triton 3.6 gets single bytes wrong that it has just rounded and then moves
+    (github.com/triton-lang/triton/issues/11111). The instructions leave none to move; without them, in Triton's
+    interpreter, it does not matter.
     """
     if ASSEMBLY:
         if kind == tl.float8e5:

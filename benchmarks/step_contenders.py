@@ -29,6 +29,7 @@ class Contender:
         cameras: Camera name -> height and width.
         wrist_share: Share of samples that have the second camera.
         multiple: Of the number of text tokens; otherwise there are 48.
+        one_pass: Whether clipping and AdamW are one pass over memory.
     """
 
     compiled: bool = True
@@ -41,15 +42,18 @@ class Contender:
     )
     wrist_share: float = 1.0
     multiple: int | None = None
+    one_pass: bool = True
 
 
 LIKE_PI0 = {"primary": (224, 224), "wrist": (224, 224)}
 CONTENDERS = {
     "spear": Contender(),
     "eager": Contender(compiled=False),
+    "torch-adamw": Contender(one_pass=False),
     "padded": Contender(packed=False),
     "trimmed": Contender(packed=False, multiple=8),
     "float8": Contender(float8="tensorwise"),
+    "float8-torch-adamw": Contender(float8="tensorwise", one_pass=False),
     "float8-layers": Contender(float8="tensorwise", whole_mlps=False),
     "float8-trimmed": Contender(packed=False, multiple=8, float8="tensorwise"),
     "float8-rowwise": Contender(float8="rowwise"),

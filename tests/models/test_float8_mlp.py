@@ -18,7 +18,7 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from spear_lightning.errors import ShapeError
 from spear_lightning.models.float8 import Float8GatedMlp, Float8Mlp, replace_mlps, rounding
-from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, scale_to
+from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, unit_for
 
 
 class Network(nn.Module):
@@ -194,8 +194,8 @@ def _same(found: Tensor | None, wanted: Tensor | None, share: float) -> None:
 def test_a_matrix_is_rounded_both_ways(kernels: ModuleType, kind: torch.dtype, dtype: torch.dtype) -> None:
     values = torch.randn(144, 80, generator=torch.Generator().manual_seed(0)).to(_device(), dtype)
     values[3, 5] = 1e6
-    scale = scale_to(kind, values[4:].abs().amax())
-    found, wanted = (means.round_both_ways(values, scale, kind) for means in (kernels, rounding))
+    unit = unit_for(kind, values[4:].abs().amax())
+    found, wanted = (means.round_both_ways(values, unit, kind) for means in (kernels, rounding))
     for one, other in zip(found, wanted, strict=True):
         _same(one, other, 0)
     assert torch.equal(found[0].float().t(), found[1].float())
@@ -213,12 +213,12 @@ def test_kernels_compute_what_their_reference_does(kernels: ModuleType, gated: b
     found, wanted = (means.largest_of_hidden(gate, up, bias) for means in (kernels, rounding))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    scale = scale_to(FORWARD, wanted.hidden)
-    small, other = (means.round_hidden(gate, up, bias, scale) for means in (kernels, rounding))
+    unit = unit_for(FORWARD, wanted.hidden)
+    small, other = (means.round_hidden(gate, up, bias, unit) for means in (kernels, rounding))
     _same(small, other, 0.02)
     top = gradient.abs().amax().float()
-    scales = scale, scale_to(GRADIENT, top * wanted.up * rounding.STEEPEST), scale_to(GRADIENT, top * wanted.gate)
-    found, wanted = (means.round_gradients(gradient, gate, up, bias, *scales) for means in (kernels, rounding))
+    units = unit, unit_for(GRADIENT, top * wanted.up * rounding.STEEPEST), unit_for(GRADIENT, top * wanted.gate)
+    found, wanted = (means.round_gradients(gradient, gate, up, bias, *units) for means in (kernels, rounding))
     for one, other in zip(found[:5], wanted[:5], strict=True):
         _same(one, other, 0.02)
     assert torch.equal(found.gate_TF.float().t(), found.gate_FT.float())

@@ -18,6 +18,7 @@ from torch import nn
 from spear_lightning.errors import CheckpointError
 from spear_lightning.training.configuration import differing_keys
 from spear_lightning.training.meta_construction import loading_into_nothing
+from spear_lightning.training.one_pass_adamw import OnePassAdamW
 from spear_lightning.training.optimizer import OptimizerRecipe, freeze_unused
 
 log = logging.getLogger(__name__)
@@ -136,8 +137,10 @@ class SpearModule(L.LightningModule):
         itself, after the clipping. bfloat16 has no loss scale.
         """
         plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
-            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        if isinstance(optimizer, OnePassAdamW) and gradient_clip_val and algorithm == GradClipAlgorithmType.NORM:
+            optimizer.clip(gradient_clip_val)
+        elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.training.freeze_plan import Component, check_unused, named_parameters
+from spear_lightning.training.one_pass_adamw import OnePassAdamW
 
 if TYPE_CHECKING:
     from spear_lightning.training.base_module import SpearModule
@@ -97,7 +98,7 @@ class OptimizerRecipe:
         weight_decay: Decoupled weight decay; not on biases, norms (all 1-D parameters) and position tables.
         betas: Decay of AdamW's two moments.
         eps: AdamW's epsilon.
-        fused: Whether AdamW runs as one kernel; default: torch's choice.
+        fused: Whether clipping and AdamW run as one kernel (`OnePassAdamW`); default: torch's choice.
     """
 
     def __init__(
@@ -168,7 +169,8 @@ class OptimizerRecipe:
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups."""
-        return torch.optim.AdamW(groups, **self.adamw_options())
+        kind = OnePassAdamW if self.fused else torch.optim.AdamW
+        return kind(groups, **self.adamw_options())
 
     def adamw_options(self) -> dict[str, Any]:
         """Return the arguments of `torch.optim.AdamW` besides the groups."""

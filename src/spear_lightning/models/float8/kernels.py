@@ -49,13 +49,13 @@ def _empty_turned(rows: int, columns: int, like: Tensor, kind: torch.dtype) -> T
     return torch.empty(columns, rows, dtype=kind, device=like.device)
 
 
-def round_both_ways(values_MN: Tensor, scale: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+def round_both_ways(values_MN: Tensor, unit: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
     """See `rounding.round_both_ways`."""
     rows, columns = values_MN.shape
     small = torch.empty(rows, columns, dtype=kind, device=values_MN.device)
     turned = _empty_turned(rows, columns, values_MN, kind)
     tiles.round_both_ways[_grid(rows, columns, _TURNED)](
-        values_MN.contiguous(), scale, small, turned, rows, columns, END=_end(kind), ASSEMBLY=ASSEMBLY, **_TURNED
+        values_MN.contiguous(), unit, small, turned, rows, columns, END=_end(kind), ASSEMBLY=ASSEMBLY, **_TURNED
     )
     return small, turned
 
@@ -64,20 +64,22 @@ def largest_of_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | No
     """See `rounding.largest_of_hidden`."""
     rows, columns = gate_TF.shape
     _, programs = _grid(rows, columns, _FLAT)
-    largest = torch.empty(programs, 3, dtype=torch.float32, device=gate_TF.device)
+    largest = torch.empty(3, programs, dtype=torch.float32, device=gate_TF.device)
     gated = up_TF is not None
     tiles.largest_of_hidden[(programs,)](gate_TF, up_TF, bias_F, largest, rows, columns, GATED=gated, **_FLAT)
-    hidden, gate, up = largest.amax(0).unbind()
+    # Not views of one tensor: a compiler may let units take their place, and cuBLAS wants those at multiples of 16
+    # bytes.
+    hidden, gate, up = (row.amax() for row in largest)
     return Largest(hidden, gate, up if gated else torch.ones_like(up))
 
 
-def round_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | None, scale: Tensor) -> Tensor:
+def round_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | None, unit: Tensor) -> Tensor:
     """See `rounding.round_hidden`."""
     rows, columns = gate_TF.shape
     small = torch.empty(rows, columns, dtype=FORWARD, device=gate_TF.device)
     gated = up_TF is not None
     tiles.round_hidden[_grid(rows, columns, _FLAT)](
-        gate_TF, up_TF, bias_F, scale, small, rows, columns, GATED=gated, END=_end(FORWARD), **_FLAT
+        gate_TF, up_TF, bias_F, unit, small, rows, columns, GATED=gated, END=_end(FORWARD), **_FLAT
     )
     return small
 
@@ -87,9 +89,9 @@ def round_gradients(
     gate_TF: Tensor,
     up_TF: Tensor | None,
     bias_F: Tensor | None,
-    scale: Tensor,
-    gate_scale: Tensor,
-    up_scale: Tensor,
+    unit: Tensor,
+    gate_unit: Tensor,
+    up_unit: Tensor,
 ) -> HiddenGradients:
     """See `rounding.round_gradients`."""
     rows, columns = gate_TF.shape
@@ -102,7 +104,7 @@ def round_gradients(
     up_small = torch.empty_like(gate_small) if gated else None
     sums = None if gated else torch.empty(grid[1], columns, device=gate_TF.device)
     tiles.round_gradients[grid](
-        *(gradient_TF.contiguous(), gate_TF, up_TF, bias_F, scale, gate_scale, up_scale),
+        *(gradient_TF.contiguous(), gate_TF, up_TF, bias_F, unit, gate_unit, up_unit),
         *(gate_small, up_small, hidden_FT, gate_FT, up_FT, sums, rows, columns),
         GATED=gated,
         FORWARD_END=_end(FORWARD),
@@ -115,7 +117,7 @@ def round_gradients(
 
 
 def product(
-    a_MK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, kind: torch.dtype, fast: bool = False
+    a_MK: Tensor, b_NK: Tensor, a_unit: Tensor, b_unit: Tensor, kind: torch.dtype, fast: bool = False
 ) -> Tensor:
     """See `rounding.product`; `fast` adds up in fewer bits."""
-    return torch._scaled_mm(a_MK, b_NK.t(), 1 / a_scale, 1 / b_scale, out_dtype=kind, use_fast_accum=fast)
+    return torch._scaled_mm(a_MK, b_NK.t(), a_unit, b_unit, out_dtype=kind, use_fast_accum=fast)

@@ -18,7 +18,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from spear_lightning.models.float8 import rounding
-from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, STEEPEST, scale_to
+from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, ROUNDED_UP, STEEPEST, unit_for
 
 
 def _means(emulate: bool) -> ModuleType:
@@ -51,58 +51,62 @@ class _Float8Mlp(torch.autograd.Function):
         means = _means(emulate)
 
         def small(values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-            scale = scale_to(FORWARD, values.abs().amax())
+            unit = unit_for(FORWARD, values.abs().amax())
             if not training:
-                return rounding.rounded(values, scale, FORWARD), None, scale
-            return *means.round_both_ways(values, scale, FORWARD), scale
+                return rounding.rounded(values, unit, FORWARD), None, unit
+            return *means.round_both_ways(values, unit, FORWARD), unit
 
-        x, x_turned, x_scale = small(x_TD)
-        gate, gate_turned, gate_scale = small(gate_FD)
-        gate_TF = means.product(x, gate, x_scale, gate_scale, kind, fast=True)
-        up_TF = up_turned = up_scale = None
+        x, x_turned, x_unit = small(x_TD)
+        gate, gate_turned, gate_unit = small(gate_FD)
+        gate_TF = means.product(x, gate, x_unit, gate_unit, kind, fast=True)
+        up_TF = up_turned = up_unit = None
         if up_FD is not None:
-            up, up_turned, up_scale = small(up_FD)
-            up_TF = means.product(x, up, x_scale, up_scale, kind, fast=True)
+            up, up_turned, up_unit = small(up_FD)
+            up_TF = means.product(x, up, x_unit, up_unit, kind, fast=True)
         largest = means.largest_of_hidden(gate_TF, up_TF, bias_F)
-        hidden_scale = scale_to(FORWARD, largest.hidden)
-        hidden = means.round_hidden(gate_TF, up_TF, bias_F, hidden_scale)
-        down, down_turned, down_scale = small(down_DF)
+        hidden_unit = unit_for(FORWARD, largest.hidden)
+        hidden = means.round_hidden(gate_TF, up_TF, bias_F, hidden_unit)
+        down, down_turned, down_unit = small(down_DF)
+        if training:
+            ctx.longest_column = torch.linalg.vector_norm(down_DF, dim=0, dtype=torch.float32).amax()
         ctx.save_for_backward(gate_TF, up_TF, bias_F, x_turned, gate_turned, up_turned, down_turned)
-        ctx.scales = x_scale, gate_scale, up_scale, down_scale, hidden_scale
+        ctx.units = x_unit, gate_unit, up_unit, down_unit, hidden_unit
         ctx.largest = largest
         ctx.kinds = x_TD.dtype, gate_FD.dtype, kind
         ctx.emulate = emulate
-        return means.product(hidden, down, hidden_scale, down_scale, kind, fast=True)
+        return means.product(hidden, down, hidden_unit, down_unit, kind, fast=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor | None, ...]:
         means = _means(ctx.emulate)
         gate_TF, up_TF, bias_F, x_DT, gate_DF, up_DF, down_FD = ctx.saved_tensors
-        x_scale, gate_scale, up_scale, down_scale, hidden_scale = ctx.scales
+        x_unit, gate_unit, up_unit, down_unit, hidden_unit = ctx.units
         x_kind, weight_kind, kind = ctx.kinds
-        scale = scale_to(GRADIENT, gradient_TD.abs().amax())
-        gradient, turned = means.round_both_ways(gradient_TD, scale, GRADIENT)
-        hidden_gradient = means.product(gradient, down_FD, scale, down_scale, kind)
-        # Bounds instead of the largest values, for which all would have to be computed once more: numbers with
-        # five bits of exponent lose nothing if their range is not used to the end.
-        top = hidden_gradient.abs().amax().float()
-        to_gate = scale_to(GRADIENT, top * ctx.largest.up * STEEPEST)
-        to_up = scale_to(GRADIENT, top * ctx.largest.gate)
-        found = means.round_gradients(hidden_gradient, gate_TF, up_TF, bias_F, hidden_scale, to_gate, to_up)
+        unit = unit_for(GRADIENT, gradient_TD.abs().amax())
+        gradient, turned = means.round_both_ways(gradient_TD, unit, GRADIENT)
+        hidden_gradient = means.product(gradient, down_FD, unit, down_unit, kind)
+        # Bounds instead of the largest values, for which all would have to be read or computed once more: numbers
+        # with five bits of exponent lose nothing if their range is not used to the end. No product of two vectors
+        # is larger than that of their lengths.
+        longest_row = torch.linalg.vector_norm(gradient_TD, dim=1, dtype=torch.float32).amax()
+        top = longest_row * ctx.longest_column * ROUNDED_UP
+        to_gate = unit_for(GRADIENT, top * ctx.largest.up * STEEPEST)
+        to_up = unit_for(GRADIENT, top * ctx.largest.gate)
+        found = means.round_gradients(hidden_gradient, gate_TF, up_TF, bias_F, hidden_unit, to_gate, to_up)
 
         wanted = ctx.needs_input_grad
         x = up = gate = down = None
         if wanted[0]:
-            x = means.product(found.gate_TF, gate_DF, to_gate, gate_scale, x_kind)
+            x = means.product(found.gate_TF, gate_DF, to_gate, gate_unit, x_kind)
             if up_TF is not None:
-                x = x + means.product(found.up_TF, up_DF, to_up, up_scale, x_kind)
+                x = x + means.product(found.up_TF, up_DF, to_up, up_unit, x_kind)
         if wanted[1]:
-            gate = means.product(found.gate_FT, x_DT, to_gate, x_scale, weight_kind)
+            gate = means.product(found.gate_FT, x_DT, to_gate, x_unit, weight_kind)
         if wanted[2]:
-            up = means.product(found.up_FT, x_DT, to_up, x_scale, weight_kind)
+            up = means.product(found.up_FT, x_DT, to_up, x_unit, weight_kind)
         if wanted[4]:
-            down = means.product(turned, found.hidden_FT, scale, hidden_scale, weight_kind)
+            down = means.product(turned, found.hidden_FT, unit, hidden_unit, weight_kind)
         bias = found.bias_F if wanted[3] else None
         return x, gate, up, bias, down, None, None, None
 

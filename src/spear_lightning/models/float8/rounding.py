@@ -1,7 +1,7 @@
 """Numbers in 8 bits, and what `kernels` computes with them, written plainly: the reference, and for any device.
 
 Two kinds: e4m3 for what goes forward (3 bits of mantissa, largest 448) and e5m2 for gradients (2 bits, largest
-57,344). A matrix has one scale, by which it is multiplied before it is rounded.
+57,344). A matrix has one unit (float32 scalar), by which it is divided before it is rounded.
 
 Legend: T tokens, F channels inside an MLP, M and N any sides.
 """
@@ -18,6 +18,9 @@ FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
 STEEPEST = 1.13
 """More than the largest slope of GELU (1.129)."""
+
+ROUNDED_UP = 1.2
+"""A product of a `GRADIENT` and a `FORWARD` grows by this at most if both are rounded: (1 + 1/8) (1 + 1/16)."""
 
 
 class Largest(NamedTuple):
@@ -39,20 +42,20 @@ class HiddenGradients(NamedTuple):
     bias_F: Tensor | None
 
 
-def scale_to(kind: torch.dtype, largest: Tensor) -> Tensor:
-    """Return the scale (float32 scalar) that brings the largest absolute value to the end of a kind's range."""
-    return torch.finfo(kind).max / largest.float().clamp(min=1e-12)
+def unit_for(kind: torch.dtype, largest: Tensor) -> Tensor:
+    """Return the unit with which the largest absolute value comes to the end of a kind's range."""
+    return largest.float().clamp(min=1e-12) / torch.finfo(kind).max
 
 
-def rounded(values: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
-    """Return scaled values in 8 bits; what is beyond the range becomes the largest number."""
+def rounded(values: Tensor, unit: Tensor, kind: torch.dtype) -> Tensor:
+    """Return values over their unit in 8 bits; what is beyond the range becomes the largest number."""
     end = torch.finfo(kind).max
-    return (values.float() * scale).clamp(-end, end).to(kind)
+    return (values.float() * (1 / unit)).clamp(-end, end).to(kind)
 
 
-def round_both_ways(values_MN: Tensor, scale: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return scaled values in 8 bits, (M, N) and transposed (N, M), each with its last side contiguous."""
-    small_MN = rounded(values_MN, scale, kind)
+def round_both_ways(values_MN: Tensor, unit: Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return values over their unit in 8 bits, (M, N) and transposed (N, M), each with contiguous rows."""
+    small_MN = rounded(values_MN, unit, kind)
     return small_MN, small_MN.t().contiguous()
 
 
@@ -70,9 +73,9 @@ def largest_of_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | No
     return Largest(hidden(gate_TF, up_TF, bias_F).abs().max(), gate.abs().max(), up)
 
 
-def round_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | None, scale: Tensor) -> Tensor:
+def round_hidden(gate_TF: Tensor, up_TF: Tensor | None, bias_F: Tensor | None, unit: Tensor) -> Tensor:
     """Return `hidden` in 8 bits."""
-    return rounded(hidden(gate_TF, up_TF, bias_F), scale, FORWARD)
+    return rounded(hidden(gate_TF, up_TF, bias_F), unit, FORWARD)
 
 
 def round_gradients(
@@ -80,9 +83,9 @@ def round_gradients(
     gate_TF: Tensor,
     up_TF: Tensor | None,
     bias_F: Tensor | None,
-    scale: Tensor,
-    gate_scale: Tensor,
-    up_scale: Tensor,
+    unit: Tensor,
+    gate_unit: Tensor,
+    up_unit: Tensor,
 ) -> HiddenGradients:
     """Pass a gradient back through the activation, and round everything that products need.
 
@@ -91,9 +94,9 @@ def round_gradients(
         gate_TF: As in `hidden`.
         up_TF: As in `hidden`.
         bias_F: As in `hidden`.
-        scale: Scale of `hidden`.
-        gate_scale: Scale of the gradient of `gate`.
-        up_scale: Scale of the gradient of `up`.
+        unit: Unit of `hidden`.
+        gate_unit: Unit of the gradient of `gate`.
+        up_unit: Unit of the gradient of `up`.
     """
     with torch.enable_grad():
         gate_TF = gate_TF.detach().float().requires_grad_()
@@ -101,15 +104,15 @@ def round_gradients(
         hidden_TF = hidden(gate_TF, up_TF, bias_F)
         wanted = [gate_TF] if up_TF is None else [gate_TF, up_TF]
         gradients = torch.autograd.grad(hidden_TF, wanted, gradient_TF.float())
-    _, hidden_FT = round_both_ways(hidden_TF.detach(), scale, FORWARD)
-    gate = round_both_ways(gradients[0], gate_scale, GRADIENT)
-    up = (None, None) if up_TF is None else round_both_ways(gradients[1], up_scale, GRADIENT)
+    _, hidden_FT = round_both_ways(hidden_TF.detach(), unit, FORWARD)
+    gate = round_both_ways(gradients[0], gate_unit, GRADIENT)
+    up = (None, None) if up_TF is None else round_both_ways(gradients[1], up_unit, GRADIENT)
     bias_F = None if bias_F is None else gradients[0].sum(0)
     return HiddenGradients(hidden_FT, gate[0], gate[1], up[0], up[1], bias_F)
 
 
 def product(
-    a_MK: Tensor, b_NK: Tensor, a_scale: Tensor, b_scale: Tensor, kind: torch.dtype, fast: bool = False
+    a_MK: Tensor, b_NK: Tensor, a_unit: Tensor, b_unit: Tensor, kind: torch.dtype, fast: bool = False
 ) -> Tensor:
     """Return a b^T of rounded matrices, (M, N) of a given kind, computed in float32."""
-    return ((a_MK.float() @ b_NK.float().t()) / (a_scale * b_scale)).to(kind)
+    return ((a_MK.float() @ b_NK.float().t()) * (a_unit * b_unit)).to(kind)

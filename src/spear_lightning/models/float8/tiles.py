@@ -19,9 +19,9 @@ def _gelu(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(x, scale, END: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scaled(x, unit, END: tl.constexpr):  # type: ignore[no-untyped-def]
     """Bring numbers into the range of 8 bits; what is no number stays none."""
-    return tl.clamp(x * scale, -END, END, propagate_nan=tl.PropagateNan.ALL)
+    return tl.clamp(x * tl.div_rn(1.0, unit), -END, END, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -82,12 +82,12 @@ def _store_turned(turned, tile, word, column, rows, columns):  # type: ignore[no
 
 @triton.jit
 def _round_rows(  # type: ignore[no-untyped-def]
-    values, small, scale, row, column, rows, columns, END: tl.constexpr
+    values, small, unit, row, column, rows, columns, END: tl.constexpr
 ):
     """Round some rows, write them, and return them before rounding."""
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     at = row[:, None].to(tl.int64) * columns + column[None, :]
-    x = _scaled(_load(values, at, inside), scale, END)
+    x = _scaled(_load(values, at, inside), unit, END)
     tl.store(small + at, x.to(small.dtype.element_ty), mask=inside)
     return x
 
@@ -95,7 +95,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
 @triton.jit
 def round_both_ways(  # type: ignore[no-untyped-def]
     values,
-    scale,
+    unit,
     small,
     turned,
     rows,
@@ -109,7 +109,7 @@ def round_both_ways(  # type: ignore[no-untyped-def]
     word = tl.program_id(1) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     row = 4 * word
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    by = tl.load(scale)
+    by = tl.load(unit)
     a = _round_rows(values, small, by, row, column, rows, columns, END)
     b = _round_rows(values, small, by, row + 1, column, rows, columns, END)
     c = _round_rows(values, small, by, row + 2, column, rows, columns, END)
@@ -141,10 +141,10 @@ def largest_of_hidden(  # type: ignore[no-untyped-def]
             h = _gelu(g)[0]
         of_gate = _larger(of_gate, tl.abs(g))
         of_hidden = _larger(of_hidden, tl.abs(h))
-    at = largest + tl.program_id(0) * 3
+    at, programs = largest + tl.program_id(0), tl.num_programs(0)
     tl.store(at, _largest(of_hidden))
-    tl.store(at + 1, _largest(of_gate))
-    tl.store(at + 2, _largest(of_up))
+    tl.store(at + programs, _largest(of_gate))
+    tl.store(at + 2 * programs, _largest(of_up))
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def round_hidden(  # type: ignore[no-untyped-def]
     gate,
     up,
     bias,
-    scale,
+    unit,
     small,
     rows,
     columns,
@@ -176,7 +176,7 @@ def round_hidden(  # type: ignore[no-untyped-def]
         h = _gelu(g)[0] * _load(up, at, inside)
     else:
         h = _gelu(g + _load(bias, column, column < columns)[None, :])[0]
-    tl.store(small + at, _scaled(h, tl.load(scale), END).to(small.dtype.element_ty), mask=inside)
+    tl.store(small + at, _scaled(h, tl.load(unit), END).to(small.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def _gradient_rows(  # type: ignore[no-untyped-def]
     gate,
     up,
     bias,
-    scale,
-    gate_scale,
-    up_scale,
+    unit,
+    gate_unit,
+    up_unit,
     gate_small,
     up_small,
     row,
@@ -208,15 +208,15 @@ def _gradient_rows(  # type: ignore[no-untyped-def]
         activated, slope = _gelu(g)
         h = activated * u
         of_gate = d * u * slope
-        of_up = _scaled(d * activated, tl.load(up_scale), GRADIENT_END)
+        of_up = _scaled(d * activated, tl.load(up_unit), GRADIENT_END)
         tl.store(up_small + at, of_up.to(up_small.dtype.element_ty), mask=inside)
     else:
         h, slope = _gelu(g + _load(bias, column, column < columns)[None, :])
         of_gate = d * slope
         of_up = of_gate
-    small = _scaled(of_gate, tl.load(gate_scale), GRADIENT_END)
+    small = _scaled(of_gate, tl.load(gate_unit), GRADIENT_END)
     tl.store(gate_small + at, small.to(gate_small.dtype.element_ty), mask=inside)
-    return _scaled(h, tl.load(scale), FORWARD_END), small, of_up, tl.sum(of_gate, axis=0)
+    return _scaled(h, tl.load(unit), FORWARD_END), small, of_up, tl.sum(of_gate, axis=0)
 
 
 @triton.jit
@@ -225,9 +225,9 @@ def round_gradients(  # type: ignore[no-untyped-def]
     gate,
     up,
     bias,
-    scale,
-    gate_scale,
-    up_scale,
+    unit,
+    gate_unit,
+    up_unit,
     gate_small,
     up_small,
     hidden_turned,
@@ -248,19 +248,19 @@ def round_gradients(  # type: ignore[no-untyped-def]
     row = 4 * word
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     h0, g0, u0, s0 = _gradient_rows(
-        gradient, gate, up, bias, scale, gate_scale, up_scale, gate_small, up_small,
+        gradient, gate, up, bias, unit, gate_unit, up_unit, gate_small, up_small,
         row + 0, column, rows, columns, GATED, FORWARD_END, GRADIENT_END,
     )  # fmt: skip
     h1, g1, u1, s1 = _gradient_rows(
-        gradient, gate, up, bias, scale, gate_scale, up_scale, gate_small, up_small,
+        gradient, gate, up, bias, unit, gate_unit, up_unit, gate_small, up_small,
         row + 1, column, rows, columns, GATED, FORWARD_END, GRADIENT_END,
     )  # fmt: skip
     h2, g2, u2, s2 = _gradient_rows(
-        gradient, gate, up, bias, scale, gate_scale, up_scale, gate_small, up_small,
+        gradient, gate, up, bias, unit, gate_unit, up_unit, gate_small, up_small,
         row + 2, column, rows, columns, GATED, FORWARD_END, GRADIENT_END,
     )  # fmt: skip
     h3, g3, u3, s3 = _gradient_rows(
-        gradient, gate, up, bias, scale, gate_scale, up_scale, gate_small, up_small,
+        gradient, gate, up, bias, unit, gate_unit, up_unit, gate_small, up_small,
         row + 3, column, rows, columns, GATED, FORWARD_END, GRADIENT_END,
     )  # fmt: skip
     hidden_tile = words(h0, h1, h2, h3, tl.float8e4nv, ASSEMBLY)

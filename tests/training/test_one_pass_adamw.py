@@ -1,0 +1,158 @@
+"""AdamW in one pass against torch's, clipping included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spear_lightning.training.one_pass_adamw import BLOCK, OnePassAdamW
+
+SIZES = [(5,), (BLOCK,), (3 * BLOCK + 7,), (37, 70), ()]
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8}
+
+
+@pytest.fixture(params=["program", "torch"])
+def emulate(request: pytest.FixtureRequest) -> bool:
+    """Whether the Triton program runs, or torch's own kernel."""
+    if request.param == "program":
+        pytest.importorskip("triton", reason="Triton is made for Linux alone")
+    return request.param == "program"
+
+
+def _parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [nn.Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in SIZES]
+
+
+def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+
+
+def _give_gradients(seed: int, *twins: list[nn.Parameter], without: int | None = None) -> None:
+    for index, parameters in enumerate(zip(*twins, strict=True)):
+        generator = torch.Generator().manual_seed(100 * seed + index)
+        gradient = torch.randn(parameters[0].shape, generator=generator).to(parameters[0])
+        for parameter in parameters:
+            parameter.grad = None if index == without else gradient.clone()
+
+
+def _assert_same(found: list[nn.Parameter], wanted: list[nn.Parameter]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_steps_are_torch_s_with_gradients_clipped_first(emulate: bool) -> None:
+    own, twin, start = _parameters(), _parameters(), _parameters()
+    optimizer = OnePassAdamW(_groups(own), emulate=emulate, **OPTIONS)
+    other = torch.optim.AdamW(_groups(twin), **OPTIONS)
+    for step in range(4):
+        # One parameter has no gradient at first: its own count of steps begins later.
+        _give_gradients(step, own, twin, without=2 if step < 2 else None)
+        norm = optimizer.clip(3.0)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twin, 3.0))
+        assert norm > 3
+        optimizer.step()
+        other.step()
+        _assert_same(own, twin)
+    assert all((one - before).abs().max() > 1e-3 for one, before in zip(own, start, strict=True))
+    assert [float(optimizer.state[parameter]["step"]) for parameter in own] == [4, 4, 2, 4, 4]
+
+
+def test_a_norm_below_the_largest_changes_nothing_and_a_factor_holds_for_one_step(emulate: bool) -> None:
+    own, twin = _parameters(), _parameters()
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+    other = torch.optim.AdamW(twin, **OPTIONS)
+    for step, largest in enumerate((1e6, 0.5, None)):
+        _give_gradients(step, own, twin)
+        if largest is not None:
+            optimizer.clip(largest)
+            nn.utils.clip_grad_norm_(twin, largest)
+        optimizer.step()
+        other.step()
+    _assert_same(own, twin)
+
+
+def test_the_step_s_closure_may_clip(emulate: bool) -> None:
+    own, twin = _parameters(), _parameters()
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+
+    def closure() -> Tensor:
+        _give_gradients(0, own)
+        optimizer.clip(0.5)
+        return torch.tensor(7.0)
+
+    assert optimizer.step(closure) == 7
+    _give_gradients(0, twin)
+    nn.utils.clip_grad_norm_(twin, 0.5)
+    torch.optim.AdamW(twin, **OPTIONS).step()
+    _assert_same(own, twin)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_its_state_is_torch_s(emulate: bool, ours_first: bool) -> None:
+    own, twin = _parameters(), _parameters()
+    optimizers = [
+        OnePassAdamW(_groups(own), emulate=emulate, **OPTIONS),
+        torch.optim.AdamW(_groups(twin), fused=True, **OPTIONS),
+    ]
+    parameters = [own, twin]
+    if not ours_first:
+        optimizers.reverse()
+        parameters.reverse()
+    for step in range(3):
+        _give_gradients(step, own, twin)
+        for optimizer in optimizers if step == 0 else optimizers[1:]:
+            optimizer.step()
+        if step == 0:
+            # The second goes on from the first one's state; the first one starts again from its own weights.
+            optimizers[1].load_state_dict(optimizers[0].state_dict())
+    reference = _parameters()
+    other = torch.optim.AdamW(_groups(reference), **OPTIONS)
+    for step in range(3):
+        _give_gradients(step, reference)
+        other.step()
+    _assert_same(parameters[1], reference)
+
+
+def test_gradients_in_another_order_of_memory_and_at_odd_addresses() -> None:
+    pytest.importorskip("triton", reason="Triton is made for Linux alone")
+    own, twin = _parameters(), _parameters()
+    _give_gradients(0, own, twin)
+    own[3].grad = own[3].grad.t().contiguous().t()  # type: ignore[union-attr]
+    own[1].grad = torch.cat([torch.zeros(1).to(own[1]), own[1].grad])[1:]  # type: ignore[list-item]
+    OnePassAdamW(own, emulate=True, **OPTIONS).step()
+    torch.optim.AdamW(twin, **OPTIONS).step()
+    _assert_same(own, twin)
+
+
+def test_other_types_are_left_to_torch() -> None:
+    own, twin = _parameters(torch.bfloat16), _parameters(torch.bfloat16)
+    _give_gradients(0, own, twin)
+    optimizer = OnePassAdamW(own, emulate=True, **OPTIONS)
+    optimizer.clip(0.5)
+    optimizer.step()
+    nn.utils.clip_grad_norm_(twin, 0.5)
+    torch.optim.AdamW(twin, fused=True, **OPTIONS).step()
+    for one, other in zip(own, twin, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_float16_s_scaler_divides_gradients_before_they_are_clipped(emulate: bool) -> None:
+    own, twin = _parameters(), _parameters()
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+    scaler = torch.amp.GradScaler(own[0].device.type, init_scale=1024.0)
+    _give_gradients(0, own, twin)
+    # Makes the scaler know the device.
+    scaler.scale(torch.zeros((), device=own[0].device))
+    for parameter in own:
+        parameter.grad *= 1024  # type: ignore[operator]
+    scaler.unscale_(optimizer)
+    optimizer.clip(0.5)
+    scaler.step(optimizer)
+    nn.utils.clip_grad_norm_(twin, 0.5)
+    torch.optim.AdamW(twin, **OPTIONS).step()
+    _assert_same(own, twin)

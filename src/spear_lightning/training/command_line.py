@@ -55,6 +55,12 @@ class SpearCLI(LightningCLI):
             "--ckpt_path resumes, e.g. '[trainer.max_steps]'. Any other difference is refused.",
         )
 
+    def _dump_config(self) -> None:
+        if not hasattr(self, "config_dump"):
+            # It was validated when it was parsed; once more would take half a second.
+            dumped = self.parser.dump(self.config, skip_link_targets=False, skip_none=False, skip_validation=True)
+            self.config_dump = yaml.safe_load(dumped)[self.subcommand]
+
     def _parse_ckpt_path(self) -> None:
         # Lightning would let hyper-parameters of the checkpoint silently win over YAML and options.
         return

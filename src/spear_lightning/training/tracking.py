@@ -123,7 +123,7 @@ class RunRecord(SaveConfigCallback):
         """Write the record; called on rank zero only."""
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_validation=True))
         # Options such as --ckpt_path belong to one call, not to the experiment.
         kept = {key: dumped[key] for key in KEPT_SECTIONS if key in dumped}
         text = yaml.safe_dump(kept, sort_keys=False)

@@ -60,10 +60,7 @@ def fit(experiment: dict[str, Any], run: Path, *options: str, tracked: bool = Fa
     if tracked:
         values["trainer"]["logger"] += [
             {"class_path": "spear_lightning.training.MLflowRunLogger", "init_args": {"folder": str(run)}},
-            {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(run), "name": "tensorboard", "version": ""},
-            },
+            {"class_path": "spear_lightning.training.RunTensorBoardLogger"},
         ]
     if evaluation:
         entry = {"class_path": "spear_lightning.training.ClosedLoopEvaluation", "init_args": evaluation}

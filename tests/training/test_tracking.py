@@ -18,6 +18,7 @@ from spear_lightning.batches import RobotBatch
 from spear_lightning.robot_data.demo_episodes import write_demo_episodes
 from spear_lightning.training.chunk_errors import chunk_errors
 from spear_lightning.training.first_batch_picture import render
+from spear_lightning.training.tracking import RunTensorBoardLogger
 from spear_lightning.training.validation_pictures import draw_chunks
 from spear_lightning.training.vla_module import ValidationOutput
 
@@ -41,10 +42,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     ]
     trainer["logger"] = [
         {"class_path": "spear_lightning.training.MLflowRunLogger", "init_args": {"folder": str(folder / "runs")}},
-        {
-            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-            "init_args": {"save_dir": str(folder / "run"), "name": "tensorboard", "version": ""},
-        },
+        {"class_path": "spear_lightning.training.RunTensorBoardLogger"},
     ]
     path = folder / "experiment.yaml"
     path.write_text(yaml.safe_dump(experiment))
@@ -88,6 +86,16 @@ def test_tensorboard_holds_the_same_curves_and_pictures(tracked: tuple[Path, lis
         tracked_too = {metric.step: metric.value for metric in client.get_metric_history(run_id, name)}
         assert scalars == pytest.approx(tracked_too)
     assert len(events.Images("val/chunks")) == 2
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_tensorboard_s_files_lie_in_the_run_s_folder_or_where_they_are_wanted(tmp_path: Path, asked: bool) -> None:
+    wanted = tmp_path / "elsewhere" if asked else tmp_path / "run" / "tensorboard"
+    logger = RunTensorBoardLogger(str(wanted)) if asked else RunTensorBoardLogger()
+    logger.begin_in(tmp_path / "run")
+    logger.log_metrics({"loss": 1.0}, 0)
+    logger.finalize("success")
+    assert [path.parent for path in tmp_path.rglob("events.*")] == [wanted]
 
 
 def quarter_turn_chunk() -> RobotBatch:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from spear_lightning.training.robot_data_module import RobotDataModule
     from spear_lightning.training.sharded_strategy import ShardedStrategy
     from spear_lightning.training.step_speed import StepSpeed
-    from spear_lightning.training.tracking import MLflowRunLogger
+    from spear_lightning.training.tracking import MLflowRunLogger, RunTensorBoardLogger
     from spear_lightning.training.validation_pictures import ValidationPictures
     from spear_lightning.training.vla_module import VLAModule
     from spear_lightning.training.vlm_module import VLMModule
@@ -65,6 +65,7 @@ _HOMES = {
     "RegionalCompile": "regional_compile",
     "RobotDataModule": "robot_data_module",
     "RunCheckpoint": "checkpoint_files",
+    "RunTensorBoardLogger": "tracking",
     "ShardedStrategy": "sharded_strategy",
     "StepSpeed": "step_speed",
     "StopOnSignal": "preemption",
@@ -98,6 +99,7 @@ __all__ = [
     "RegionalCompile",
     "RobotDataModule",
     "RunCheckpoint",
+    "RunTensorBoardLogger",
     "ShardedStrategy",
     "StepSpeed",
     "StopOnSignal",

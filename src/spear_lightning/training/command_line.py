@@ -29,7 +29,7 @@ from spear_lightning.training.configuration import KEPT_SECTIONS
 from spear_lightning.training.meta_construction import is_first_process, networks_on_meta
 from spear_lightning.training.option_help import explain_options
 from spear_lightning.training.progress_bar import LossProgressBar
-from spear_lightning.training.tracking import RunRecord, continue_tracked_run
+from spear_lightning.training.tracking import RunRecord, RunTensorBoardLogger, continue_tracked_run
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class SpearCLI(LightningCLI):
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Build the trainer; checkpoints go to the run's folder unless their callback names another."""
+        """Build the trainer; what it writes goes to the run's folder unless callback or logger name another."""
         if self.subcommand == "predict":
             # A prediction is no run to be tracked; its result is a file and a table.
             kwargs["logger"] = False
@@ -98,6 +98,9 @@ class SpearCLI(LightningCLI):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self._checkpoint_folder_of(trainer))
+        for logger in trainer.loggers:
+            if isinstance(logger, RunTensorBoardLogger):
+                logger.begin_in(Path(trainer.default_root_dir))
         return trainer
 
     @staticmethod

@@ -63,6 +63,7 @@ EXPLAINED = {
     "--trainer.callbacks (success rates)": "spear_lightning.training.ClosedLoopEvaluation",
     "--trainer.strategy (sharded)": "spear_lightning.training.ShardedStrategy",
     "--trainer.logger (MLflow)": "spear_lightning.training.MLflowRunLogger",
+    "--trainer.logger (TensorBoard)": "spear_lightning.training.RunTensorBoardLogger",
 }
 """Where an option stands in a configuration -> the class whose arguments it takes."""
 

@@ -1,4 +1,4 @@
-"""Experiment tracking: an MLflow logger that needs no server, and the record of what a run was started with."""
+"""Experiment tracking: loggers that know the run's folder, and the record of what a run was started with."""
 
 from __future__ import annotations
 
@@ -101,6 +101,22 @@ class MLflowRunLogger(MLFlowLogger):
         """Mark the run as ended."""
         self.stop_system_metrics()
         super().finalize(status)
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """TensorBoard's files in the run's folder: in `tensorboard` of `trainer.default_root_dir`, wherever that is.
+
+    Args:
+        folder: Another folder for them.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__(folder or "tensorboard", name="", version="")
+        self._folder = folder
+
+    def begin_in(self, run_folder: Path) -> None:
+        """Take note of the run's folder; must be called before anything is logged."""
+        self._root_dir = self._folder or str(run_folder / "tensorboard")
 
 
 class RunRecord(SaveConfigCallback):

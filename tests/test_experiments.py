@@ -15,6 +15,7 @@ import yaml
 from spear_lightning import cli
 from spear_lightning.policy import Answerer, build_policy
 from spear_lightning.policy.checkpoint import build
+from spear_lightning.training.float8_products import fitting_layers
 from spear_lightning.training.freeze_plan import FreezePlan, Phase
 from spear_lightning.training.patch_naming_module import WEIGHTS_FILE
 
@@ -33,6 +34,7 @@ CHANGES = {
     "parallel/sharded.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/sharded_in_node.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/recompute.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
+    "parallel/float8.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/slurm.yaml": ["vla_oxe.yaml", "vlm_3dvqa.yaml"],
     "parallel/h200_141.yaml": ["vla_oxe.yaml"],
     "parallel/h100_80.yaml": ["vla_oxe.yaml"],
@@ -94,6 +96,18 @@ def test_paper_scale_model_has_the_paper_s_size() -> None:
     # PaliGemma 3B has 2,923 M parameters, MoGe's backbone 304 M; its projection 4096 -> 2048 has 8.4 M.
     assert millions["vlm"] == pytest.approx(2923.5 + 304.4 + 8.4, abs=1)
     assert millions["expert"] == pytest.approx(311.5 + 3.2, abs=3)
+
+
+def test_products_in_8_bits_are_those_of_gemmas_and_siglips_blocks() -> None:
+    config = read("vla_oxe.yaml")["model"]["init_args"]["policy"]
+    config["init_args"]["prompt"]["init_args"]["tokenizer"] = "byte"
+    with torch.device("meta"):
+        vla = build_policy(config).vla
+    (callback,) = read("parallel/float8.yaml")["trainer"]["callbacks+"]
+    names = fitting_layers(vla, callback["init_args"]["layers"])
+    # Three layers of an MLP and an output projection in 18 blocks, two layers of an MLP in 27.
+    assert len(names) == 18 * 4 + 27 * 2
+    assert all("expert" not in name and "moge" not in name for name in names)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -6,6 +6,7 @@ import copy
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from spear_lightning.errors import ShapeError
 from spear_lightning.models.float8 import Float8GatedMlp, Float8Mlp, replace_mlps, rounding
+from spear_lightning.models.float8 import mlp as mlp_module
 from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, unit_for
 
 
@@ -46,12 +48,12 @@ def _names(network: nn.Module) -> set[str]:
     return {name for name, part in network.named_modules() if isinstance(part, nn.Linear)}
 
 
-def _results(network: Network) -> dict[str, Tensor]:
+def _results(network: Network, tokens: int = 192) -> dict[str, Tensor]:
     """Return the output and all gradients for one random batch."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(4, 48, 64, generator=generator, requires_grad=True)
+    x = torch.randn(1, tokens, 64, generator=generator, requires_grad=True)
     out = network(x)
-    out.backward(torch.randn(4, 48, 64, generator=generator))
+    out.backward(torch.randn(1, tokens, 64, generator=generator))
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     return {"out": out.detach(), "x": x.grad, **gradients}
 
@@ -125,6 +127,27 @@ def test_without_a_gradient_any_number_of_tokens_will_do(kind: str, monkeypatch:
         assert network(x[0, :37]).shape == (37, 64)
     with pytest.raises(AssertionError):
         network(x)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "siglip"])
+def test_with_a_gradient_the_hardware_gets_its_multiple_of_tokens(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, rows = copy_of(_network(kind)), []
+    plain = rounding.round_both_ways
+
+    def counted(values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        rows.append(len(values))
+        return plain(values, *others)
+
+    monkeypatch.setattr(rounding, "round_both_ways", counted)
+    found = _results(network, tokens=37)
+    assert all(count % 16 == 0 for count in rows)
+    monkeypatch.setattr(mlp_module, "MULTIPLE", 1)
+    wanted = _results(copy_of(_network(kind)), tokens=37)
+    assert 37 in rows
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def copy_of(network: Network) -> Network:

@@ -14,12 +14,10 @@ from torch import nn
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.models.float8 import replace_mlps
+from spear_lightning.models.float8.rounding import MULTIPLE
 from spear_lightning.training.base_module import SpearModule
 
 log = logging.getLogger(__name__)
-
-_MULTIPLE = 16
-"""Sides of matrices that the hardware multiplies in 8 bits are multiples of this."""
 
 _FIRST_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs that multiply in 8 bits."""
@@ -30,11 +28,11 @@ class Float8Products(Callback):
 
     Inputs, weights and gradients are scaled and rounded just before each product; weights, their gradients and
     the optimizer's state stay what they are, and so do the names in checkpoints. Scaling costs memory traffic,
-    which only a compiler makes cheap: place `RegionalCompile` after this callback. The number of tokens in a batch
-    must be a multiple of 16, which it is for packed models.
+    which only a compiler makes cheap: place `RegionalCompile` after this callback.
 
     MLPs of Gemma and SigLIP all of whose layers are chosen become one step each (`models.float8`) if the recipe is
-    `tensorwise`: what lies between their products is rounded where it is computed.
+    `tensorwise`: what lies between their products is rounded where it is computed. Of other layers the number of
+    tokens in a batch must be a multiple of 16, as Gemma's is in packed models.
 
     Args:
         layers: Dotted names relative to the network, with `*` for anything: linear layers, or modules all of whose
@@ -112,7 +110,7 @@ def fitting_layers(network: nn.Module, patterns: list[str]) -> set[str]:
         ConfigError: If a pattern fits none.
     """
     linear = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    able = {name for name, module in linear.items() if not any(side % _MULTIPLE for side in module.weight.shape)}
+    able = {name for name, module in linear.items() if not any(side % MULTIPLE for side in module.weight.shape)}
     chosen: set[str] = set()
     for pattern in patterns:
         found = {name for name in able if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spear_lightning.errors import ShapeError
 from spear_lightning.models.float8 import tiles
-from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, HiddenGradients, Largest
+from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, MULTIPLE, HiddenGradients, Largest
 
 _TURNED = {"ROWS": 128, "COLUMNS": 64, "num_warps": 8}
 """A tile that is turned, and the groups of 32 threads that do it."""
@@ -21,9 +21,6 @@ _FLAT = {"ROWS": 16, "COLUMNS": 256, "num_warps": 4}
 
 ASSEMBLY = True
 """Whether bytes are put together by instructions of NVIDIA's, which Triton's interpreter does not know."""
-
-_MULTIPLE = 16
-"""Of the rows of what is turned: products need it, and four are turned at a time."""
 
 
 def _end(kind: torch.dtype) -> float:
@@ -40,12 +37,8 @@ def _empty_turned(rows: int, columns: int, like: Tensor, kind: torch.dtype) -> T
     Raises:
         ShapeError: If the number of rows is no multiple of 16.
     """
-    if rows % _MULTIPLE:
-        raise ShapeError(
-            "Products in 8 bits need a number of tokens that is a multiple of 16",
-            found=rows,
-            remedy="pack the batches (vlm.packed), or take batches of a multiple of 16 samples",
-        )
+    if rows % MULTIPLE:
+        raise ShapeError("A matrix that is turned needs rows that are a multiple of 16", found=rows)
     return torch.empty(columns, rows, dtype=kind, device=like.device)
 
 

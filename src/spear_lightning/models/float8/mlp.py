@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import GELUTanh
@@ -18,7 +19,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from spear_lightning.models.float8 import rounding
-from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, ROUNDED_UP, STEEPEST, unit_for
+from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, MULTIPLE, ROUNDED_UP, STEEPEST, unit_for
 
 
 def _means(emulate: bool) -> ModuleType:
@@ -117,8 +118,13 @@ def _multiply(
     kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     differentiated = any(part is not None and part.requires_grad for part in (x, gate, up, bias, down))
     training = torch.is_grad_enabled() and differentiated
-    out = _Float8Mlp.apply(x.flatten(0, -2), gate, up, bias, down, kind, training, emulate)
-    return out.unflatten(0, x.shape[:-1])
+    x_TD = x.flatten(0, -2)
+    count = x_TD.shape[0]
+    # Rows of zeros: their outputs are cut off, so nothing that they multiply has a gradient.
+    missing = -count % MULTIPLE if training else 0
+    padded_TD = F.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD
+    out_TD = _Float8Mlp.apply(padded_TD, gate, up, bias, down, kind, training, emulate)
+    return (out_TD[:count] if missing else out_TD).unflatten(0, x.shape[:-1])
 
 
 class Float8GatedMlp(nn.Module):
@@ -135,7 +141,7 @@ class Float8GatedMlp(nn.Module):
         self.emulate = emulate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the MLP does with tokens (..., D); for a gradient their number must be a multiple of 16."""
+        """Return what the MLP does with tokens (..., D)."""
         gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
         return _multiply(x, gate, up, None, down, self.emulate)
 
@@ -154,7 +160,7 @@ class Float8Mlp(nn.Module):
         self.emulate = emulate
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return what the MLP does with tokens (..., D); for a gradient their number must be a multiple of 16."""
+        """Return what the MLP does with tokens (..., D)."""
         out = _multiply(hidden_states, self.fc1.weight, None, self.fc1.bias, self.fc2.weight, self.emulate)
         return out + self.fc2.bias.to(out.dtype)
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 
+MULTIPLE = 16
+"""Sides of matrices that the hardware multiplies in 8 bits are multiples of this."""
+
 STEEPEST = 1.13
 """More than the largest slope of GELU (1.129)."""
 

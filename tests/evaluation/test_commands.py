@@ -56,6 +56,8 @@ def test_a_checkpoint_the_expert_and_chance(
         (["--policy", "expert", "--cameras", "primary=56x42", "primary=84x56"], "each camera once"),
         (["--policy", "random", "--flow_steps", "5"], "predicts no chunks"),
         (["--policy", "expert", "--execute_steps", "2"], "predicts no chunks"),
+        (["--policy", "expert", "--weights", "raw"], "has no weights"),
+        (["--policy", "random", "--noise_seed", "0", "--device", "cpu"], r"--noise_seed --device"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(

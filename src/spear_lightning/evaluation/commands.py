@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Literal, get_args
 
 from rich.console import Console
 from rich.progress import (
@@ -31,6 +31,9 @@ from spear_lightning.evaluation.report import (
     write_result,
 )
 
+OF_CHECKPOINTS = ("weights", "execute_steps", "flow_steps", "noise_seed", "device")
+"""Options that mean nothing to a scripted policy."""
+
 
 def main(arguments: list[str]) -> int:
     """Run `spear eval ...`.
@@ -52,10 +55,12 @@ def main(arguments: list[str]) -> int:
             where="--checkpoint, --policy",
             expected="either --checkpoint FILE or --policy expert|random",
         )
-    of_chunks = [f"--{name}" for name in ("execute_steps", "flow_steps") if getattr(options, name) is not None]
-    if options.policy is not None and of_chunks:
+    of_checkpoints = [f"--{name}" for name in OF_CHECKPOINTS if getattr(options, name) is not None]
+    if options.policy is not None and of_checkpoints:
         raise ConfigError(
-            "A scripted policy predicts no chunks", where=" ".join(of_chunks), remedy="leave these options out"
+            "A scripted policy has no weights and predicts no chunks",
+            where=" ".join(of_checkpoints),
+            remedy="leave these options out",
         )
     names = [name for name, _ in options.cameras or []]
     if len(set(names)) < len(names):
@@ -115,41 +120,47 @@ def _evaluate(options: argparse.Namespace, folder: Path, progress: shards.Progre
         # The cores are for the simulating processes; torch's idle threads would spin on them.
         torch.set_num_threads(1)
     averaged = bool(read_checkpoint(options.checkpoint).get("ema"))
+    wanted: Literal["ema", "raw"] = options.weights or "ema"
     server = CheckpointServer(
         str(options.checkpoint),
-        options.weights,
+        wanted,
         options.device,
         options.execute_steps,
         options.flow_steps,
-        options.noise_seed,
+        options.noise_seed or 0,
     )
-    weights = options.weights if averaged else "raw"
+    weights = wanted if averaged else "raw"
     return evaluate_policy(
         server, describe_server(server, str(options.checkpoint), weights), plan, folder, progress, frames
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spear eval", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="spear eval", description=__doc__)
     what = parser.add_argument_group("what is evaluated")
     what.add_argument("--checkpoint", type=Path, help="a checkpoint written by `spear fit`")
-    what.add_argument("--weights", choices=("ema", "raw"), default="ema", help="averaged or optimizer's weights")
+    what.add_argument(
+        "--weights", choices=("ema", "raw"), help="averaged or optimizer's weights; default: averaged"
+    )
     what.add_argument("--policy", choices=("expert", "random"), help="a scripted one instead of a checkpoint")
     what.add_argument("--execute_steps", type=int, help="actions of a chunk before the next; default: half of it")
     what.add_argument("--flow_steps", type=int, help="Euler steps of the flow; default: the policy's own")
-    what.add_argument("--noise_seed", type=int, default=0, help="seed of the policy's noise")
+    what.add_argument("--noise_seed", type=int, help="seed of the policy's noise; default: 0")
     what.add_argument("--device", help="where the policy runs; default: a GPU if there is one")
     how = parser.add_argument_group("how")
     how.add_argument("--tasks", nargs="+", help="names of tasks; default: all")
-    how.add_argument("--episodes", type=int, default=75, help="episodes of each task")
-    how.add_argument("--seed", type=int, default=0, help="which block of held-out episodes")
+    how.add_argument("--episodes", type=int, default=75, help="episodes of each task; default: 75")
+    how.add_argument("--seed", type=int, default=0, help="which block of held-out episodes; default: 0")
     how.add_argument(
-        "--success", choices=get_args(SuccessMode), default="held", help="when an episode is a success"
+        "--success",
+        choices=get_args(SuccessMode),
+        default="held",
+        help="when an episode is a success; default: held",
     )
-    how.add_argument("--hold_steps", type=int, default=5, help="control steps that a task must stay done for")
-    how.add_argument("--processes", type=int, default=1, help="processes that simulate")
+    how.add_argument(
+        "--hold_steps", type=int, default=5, help="control steps that a task must stay done for; default: 5"
+    )
+    how.add_argument("--processes", type=int, default=1, help="processes that simulate; default: 1")
     how.add_argument(
         "--cameras",
         nargs="+",
@@ -159,8 +170,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--plain", action="store_true", help="the easy world: see `spear data tabletop --plain`")
     out = parser.add_argument_group("results")
-    out.add_argument("--out", type=Path, default=Path("runs/eval"), help="folder for the result and its pictures")
-    out.add_argument("--recorded", type=int, default=6, help="episodes of each task that are filmed")
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/eval"),
+        help="folder for the result and its pictures; default: runs/eval",
+    )
+    out.add_argument("--recorded", type=int, default=6, help="episodes of each task that are filmed; default: 6")
     out.add_argument(
         "--compare", nargs="+", type=Path, metavar="RESULT", help="print results side by side instead"
     )

@@ -254,8 +254,73 @@ def test_a_number_of_tokens_that_cannot_be_multiplied_is_refused(kernels: Module
         kernels.round_both_ways(torch.randn(37, 64), torch.tensor(1.0), FORWARD)
 
 
-def test_no_gradient_is_beyond_its_bound() -> None:
+def test_gelu_is_no_steeper_and_no_larger_than_bounds_say() -> None:
     x = torch.linspace(-30, 30, 100_001, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(nn.functional.gelu(x, approximate="tanh").sum(), x)
     assert 1.128 < float(slope.abs().max()) < rounding.STEEPEST
     assert bool((nn.functional.gelu(x, approximate="tanh").abs() <= x.abs()).all())
+
+
+def _exact_gradients(gradient: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `gate` and `up` of rounded factors, float64."""
+    factors = [
+        rounding.rounded(value, unit, kind).double() * unit.double()
+        for value, kind in ((gradient, GRADIENT), (weight, FORWARD))
+        for unit in [unit_for(kind, value.abs().amax())]
+    ]
+    gate, up = gate.double().requires_grad_(), up.double().requires_grad_()
+    hidden = nn.functional.gelu(gate, approximate="tanh") * up
+    to_gate, to_up = torch.autograd.grad(hidden, [gate, up], factors[0] @ factors[1])
+    return to_gate, to_up
+
+
+def _reach(gradient: Tensor, weight: Tensor, gate: Tensor, up: Tensor) -> list[float]:
+    """Return how much of the range the gradients of `gate` and `up` use at most."""
+    largest = rounding.largest_of_hidden(gate, up, None)
+    units = rounding.gradient_units(gradient, torch.linalg.vector_norm(weight, dim=0).amax(), largest)
+    exact = _exact_gradients(gradient, weight, gate, up)
+    end = torch.finfo(GRADIENT).max
+    return [float(found.abs().max() / (unit * end)) for found, unit in zip(exact, units, strict=True)]
+
+
+@pytest.mark.parametrize(("gate_size", "up_size"), [(1.0, 1.0), (0.01, 30.0), (30.0, 0.01)])
+def test_gradients_stay_in_their_range(gate_size: float, up_size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(48, 24, generator=generator) * torch.logspace(-3, 1, 48)[:, None]
+    weight = torch.randn(24, 80, generator=generator) * torch.logspace(1, -2, 80)
+    gate, up = (torch.randn(48, 80, generator=generator) * size for size in (gate_size, up_size))
+    assert all(1e-4 < reach <= 1 for reach in _reach(gradient, weight, gate, up))
+
+
+def test_the_worst_gradient_just_fits() -> None:
+    # A row and a column of one direction, longer than all others, whose numbers are rounded up as far as can be;
+    # GELU at its steepest, and `up` at its largest.
+    row = torch.full((401,), 1.1251 * 2.0**14)
+    row[0] = torch.finfo(GRADIENT).max
+    column = torch.full((401,), 1.0626 * 2.0**7)
+    column[0] = torch.finfo(FORWARD).max
+    gradient, weight = torch.ones(16, 401), torch.ones(401, 32)
+    gradient[3], weight[:, 5] = row, column
+    gate, up = torch.zeros(16, 32), torch.ones(16, 32)
+    gate[3, 5], up[3, 5] = 1.4638, 40.0
+    to_gate, _ = _reach(gradient, weight, gate, up)
+    assert 0.95 < to_gate <= 1
+    gate[3, 5] = 50.0
+    _, to_up = _reach(gradient, weight, gate, up)
+    assert 0.95 < to_up <= 1
+
+
+def test_a_gradient_along_the_longest_column_is_not_cut_off() -> None:
+    exact = _network("gemma")
+    row = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        # One channel with GELU at its steepest, `up` at its largest, and the longest column.
+        exact.mlp.gate_proj.weight[5] = 1.4638 * row / row.square().sum()
+        exact.mlp.up_proj.weight[5] = 20 * row / row.square().sum()
+        exact.mlp.down_proj.weight[:, 5] = 3.0
+    gradients = []
+    for network in (exact, copy_of(exact)):
+        x = row.repeat(32, 1).requires_grad_()
+        network(x).backward(torch.ones(32, 64))
+        gradients.append(x.grad)
+    assert _apart(gradients[1], gradients[0]) < 0.11  # type: ignore[arg-type]

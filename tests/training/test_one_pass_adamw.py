@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spear_lightning.training.one_pass_adamw import BLOCK, OnePassAdamW
 
@@ -35,9 +42,10 @@ def _groups(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
 def _give_gradients(seed: int, *twins: list[nn.Parameter], without: int | None = None) -> None:
     for index, parameters in enumerate(zip(*twins, strict=True)):
         generator = torch.Generator().manual_seed(100 * seed + index)
-        gradient = torch.randn(parameters[0].shape, generator=generator).to(parameters[0])
+        gradient = torch.randn(parameters[0].shape, generator=generator)
         for parameter in parameters:
-            parameter.grad = None if index == without else gradient.clone()
+            # In the parameter's order of memory, as autograd gives them.
+            parameter.grad = None if index == without else torch.empty_like(parameter).copy_(gradient)
 
 
 def _assert_same(found: list[nn.Parameter], wanted: list[nn.Parameter]) -> None:
@@ -129,8 +137,12 @@ def test_gradients_in_another_order_of_memory_and_at_odd_addresses() -> None:
     _assert_same(own, twin)
 
 
-def test_other_types_are_left_to_torch() -> None:
-    own, twin = _parameters(torch.bfloat16), _parameters(torch.bfloat16)
+@pytest.mark.parametrize("odd", ["type", "order of memory"])
+def test_other_parameters_are_left_to_torch(odd: str) -> None:
+    own, twin = ([*_parameters(torch.bfloat16 if odd == "type" else torch.float32)] for _ in range(2))
+    if odd == "order of memory":
+        for parameters in (own, twin):
+            parameters[3] = nn.Parameter(parameters[3].detach().t())
     _give_gradients(0, own, twin)
     optimizer = OnePassAdamW(own, emulate=True, **OPTIONS)
     optimizer.clip(0.5)
@@ -139,6 +151,87 @@ def test_other_types_are_left_to_torch() -> None:
     torch.optim.AdamW(twin, fused=True, **OPTIONS).step()
     for one, other in zip(own, twin, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("odd", [float("inf"), float("nan")])
+def test_a_gradient_that_is_no_number_is_not_hidden(emulate: bool, odd: float) -> None:
+    own, twin = _parameters(), _parameters()
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+    _give_gradients(0, own, twin)
+    own[2].grad[3] = twin[2].grad[3] = odd  # type: ignore[index]
+    optimizer.clip(1.0)
+    optimizer.step()
+    nn.utils.clip_grad_norm_(twin, 1.0)
+    torch.optim.AdamW(twin, **OPTIONS).step()
+    for one, other in zip(own, twin, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert not torch.isfinite(own[2]).all()
+
+
+def test_a_scaler_leaves_out_a_step_with_infinite_gradients(emulate: bool) -> None:
+    own, before = _parameters(), _parameters()
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+    scaler = torch.amp.GradScaler(own[0].device.type, init_scale=1024.0)
+    scaler.scale(torch.zeros((), device=own[0].device))
+    _give_gradients(0, own)
+    own[2].grad[3] = torch.inf  # type: ignore[index]
+    scaler.unscale_(optimizer)
+    optimizer.clip(0.5)
+    scaler.step(optimizer)
+    scaler.update()
+    _assert_same(own, before)
+    # Nothing of it is left.
+    optimizer.zero_grad()
+    _give_gradients(1, own, before)
+    optimizer.step()
+    torch.optim.AdamW(before, **OPTIONS).step()
+    _assert_same(own, before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_goes_on(emulate: bool, copied: Callable[[Any], Any]) -> None:
+    own, twin = _parameters(), _parameters()
+    _give_gradients(0, own, twin)
+    optimizer = OnePassAdamW(own, emulate=emulate, **OPTIONS)
+    optimizer.step()
+    other = copied(optimizer)
+    again = other.param_groups[0]["params"]
+    _give_gradients(1, again)
+    other.clip(0.5)
+    other.step()
+    reference = torch.optim.AdamW(twin, **OPTIONS)
+    reference.step()
+    _give_gradients(1, twin)
+    nn.utils.clip_grad_norm_(twin, 0.5)
+    reference.step()
+    _assert_same(again, twin)
+
+
+@pytest.fixture
+def second_of_two() -> Iterator[DeviceMesh]:
+    """A group of two processes, this one the second; the first does not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield DeviceMesh("cpu", [0, 1])
+    dist.destroy_process_group()
+
+
+def test_a_process_updates_its_own_part_of_a_parameter_even_if_that_is_nothing(second_of_two: DeviceMesh) -> None:
+    pytest.importorskip("triton", reason="Triton is made for Linux alone")
+    whole = [torch.randn(7, 5), torch.randn(1, 3)]
+    parts = [whole[0][4:].clone(), whole[1][1:].clone()]
+
+    def shared(part: Tensor, value: Tensor) -> DTensor:
+        return DTensor.from_local(part, second_of_two, [Shard(0)], shape=value.shape, stride=value.stride())
+
+    own = [nn.Parameter(shared(part, value)) for part, value in zip(parts, whole, strict=True)]
+    twin = [nn.Parameter(part.clone()) for part in parts]
+    for parameter, other, value in zip(own, twin, whole, strict=True):
+        other.grad = torch.randn(other.shape)
+        parameter.grad = shared(other.grad.clone(), value)
+    OnePassAdamW(own, emulate=True, **OPTIONS).step()
+    torch.optim.AdamW(twin, **OPTIONS).step()
+    assert [parameter.to_local().numel() for parameter in own] == [15, 0]
+    _assert_same([parameter.to_local() for parameter in own], twin)
 
 
 def test_float16_s_scaler_divides_gradients_before_they_are_clipped(emulate: bool) -> None:

@@ -3,16 +3,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import nn
+from lightning.pytorch.plugins.precision import Precision
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from spear_lightning.errors import ConfigError
 from spear_lightning.training.freeze_plan import Component
+from spear_lightning.training.one_pass_adamw import OnePassAdamW
 from spear_lightning.training.optimizer import OptimizerRecipe, WarmupCosine, regroup
 
 
@@ -181,17 +181,52 @@ def test_learning_rate_advances_with_optimizer_steps_not_batches(fit: Any, tiny_
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
-def test_gradients_are_clipped_before_an_optimizer_of_one_kernel(
-    fit: Any, tiny_module: Any, precision: str
+@pytest.mark.parametrize(("largest", "clips"), [(1e-3, True), (None, False), (0.0, False), (-1.0, False)])
+def test_gradients_are_clipped_in_the_step_of_an_optimizer_of_one_pass(
+    fit: Any, tiny_module: Any, precision: str, largest: float | None, clips: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Norms(Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-            weights = (weight for weight in pl_module.parameters() if weight.grad is not None)
-            self.norm = torch.cat([weight.grad.flatten() for weight in weights]).norm()  # type: ignore[union-attr]
+    asked: list[float] = []
+    clip = OnePassAdamW.clip
 
-    norms = Norms()
-    fit(tiny_module(fused=True), [norms], max_steps=1, gradient_clip_val=1e-3, precision=precision)
-    torch.testing.assert_close(norms.norm, torch.tensor(1e-3), rtol=1e-2, atol=0)
+    def clip_and_tell(self: OnePassAdamW, largest_norm: float) -> Tensor:
+        asked.append(largest_norm)
+        return clip(self, largest_norm)
+
+    monkeypatch.setattr(OnePassAdamW, "clip", clip_and_tell)
+    # Without moments and with an epsilon that is large beside it, a step is the gradient.
+    plain = {"betas": (0.0, 0.0), "eps": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr": 1.0}
+    module = tiny_module(fused=True, **plain)
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    trainer = fit(module, [], max_steps=1, gradient_clip_val=largest, precision=precision)
+    assert type(trainer.optimizers[0]) is OnePassAdamW
+    assert asked == ([largest] if clips else [])
+    moved = torch.cat(
+        [(value - before[name]).detach().flatten() for name, value in module.named_parameters()]
+    ).norm()
+    assert moved == pytest.approx(1e-3, rel=0.02) if clips else moved > 0.01
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_curves_of_learning_rates_have_one_name_for_both_kinds_of_adamw(
+    fit: Any, tiny_module: Any, fused: bool | None
+) -> None:
+    trainer = fit(tiny_module(fused=fused), [], max_steps=1)
+    assert trainer.lr_scheduler_configs[0].name == "lr-AdamW"
+
+
+def test_precisions_with_norms_of_their_own_clip_themselves(
+    fit: Any, tiny_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnNorm(Precision):
+        def clip_grad_by_norm(self, *_: Any) -> None:
+            raise NotImplementedError("its own norm")
+
+    def wrong(*_: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(OnePassAdamW, "clip", wrong)
+    with pytest.raises(NotImplementedError, match="its own norm"):
+        fit(tiny_module(fused=True), [], max_steps=1, gradient_clip_val=1.0, plugins=[OwnNorm()])
 
 
 def test_nothing_to_train_is_an_error(fit: Any, tiny_module: Any) -> None:

@@ -14,7 +14,7 @@ def adamw(  # type: ignore[no-untyped-def]
     tensor_of_block,
     factor,
     lr,
-    kept,
+    decay,
     beta1,
     beta2,
     log_beta1,
@@ -58,7 +58,7 @@ def adamw(  # type: ignore[no-untyped-def]
     correction2 = (1.0 - tl.exp(steps * log_beta2)).to(tl.float32)
     m += (1.0 - beta1) * (g - m)
     v = beta2 * v + (1.0 - beta2) * g * g
-    p = kept * p - lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
+    p -= decay * p + lr / correction1 * m / (tl.sqrt(v) / tl.sqrt(correction2) + eps)
     tl.store(parameter + at, p, mask=inside, eviction_policy="evict_first")
     tl.store(mean + at, m, mask=inside, eviction_policy="evict_first")
     tl.store(square + at, v, mask=inside, eviction_policy="evict_first")

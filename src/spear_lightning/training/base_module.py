@@ -133,13 +133,16 @@ class SpearModule(L.LightningModule):
     ) -> None:
         """Clip as the trainer says, before an optimizer of one kernel (`fused`) too.
 
-        Lightning refuses that pair in every mixed precision: such an optimizer divides by float16's loss scale
-        itself, after the clipping. bfloat16 has no loss scale.
+        `OnePassAdamW` clips in its own step. Lightning refuses to clip before torch's fused optimizers in every
+        mixed precision: they divide by float16's loss scale themselves, after the clipping. bfloat16 has no scale.
         """
         plugin = self.trainer.precision_plugin
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-        if isinstance(optimizer, OnePassAdamW) and gradient_clip_val and algorithm == GradClipAlgorithmType.NORM:
-            optimizer.clip(gradient_clip_val)
+        # Other precisions, as those of Lightning's FSDP and DeepSpeed, have norms of their own.
+        plain = type(plugin) in (Precision, MixedPrecision) and algorithm == GradClipAlgorithmType.NORM
+        if plain and isinstance(optimizer, OnePassAdamW):
+            if gradient_clip_val is not None and gradient_clip_val > 0:
+                optimizer.clip(gradient_clip_val)
         elif isinstance(plugin, MixedPrecision) and plugin.scaler is None:
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:

@@ -98,7 +98,7 @@ class OptimizerRecipe:
         weight_decay: Decoupled weight decay; not on biases, norms (all 1-D parameters) and position tables.
         betas: Decay of AdamW's two moments.
         eps: AdamW's epsilon.
-        fused: Whether clipping and AdamW run as one kernel (`OnePassAdamW`); default: torch's choice.
+        fused: Whether clipping and AdamW are one pass over memory (`OnePassAdamW`); default: torch's choice.
     """
 
     def __init__(
@@ -153,7 +153,9 @@ class OptimizerRecipe:
                 remedy="set one of them",
             )
         scheduler = WarmupCosine(optimizer, self.warmup_steps, total, self.final_lr_fraction)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        # The name of the curves: what Lightning makes of the optimizer's class, but one for both kinds of AdamW.
+        name = f"lr-{type(optimizer).__name__}".replace("OnePass", "")
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": name}}
 
     def renew(self, module: SpearModule) -> None:
         """Give the groups of a resumed optimizer what this recipe says: the same, unless a change was allowed."""
@@ -169,8 +171,10 @@ class OptimizerRecipe:
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimizer of parameter groups."""
-        kind = OnePassAdamW if self.fused else torch.optim.AdamW
-        return kind(groups, **self.adamw_options())
+        options = self.adamw_options()
+        if options.pop("fused"):
+            return OnePassAdamW(groups, **options)
+        return torch.optim.AdamW(groups, fused=self.fused, **options)
 
     def adamw_options(self) -> dict[str, Any]:
         """Return the arguments of `torch.optim.AdamW` besides the groups."""

@@ -104,10 +104,10 @@ class MLflowRunLogger(MLFlowLogger):
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's files in the run's folder: in `tensorboard` of `trainer.default_root_dir`, wherever that is.
+    """TensorBoard's files in the run's folder: `spear` puts them in `tensorboard` of `trainer.default_root_dir`.
 
     Args:
-        folder: Another folder for them.
+        folder: Another folder for them. Without one, and without `begin_in`, it is `tensorboard`.
     """
 
     def __init__(self, folder: str | None = None) -> None:

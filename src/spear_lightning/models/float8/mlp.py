@@ -19,7 +19,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.siglip.modeling_siglip import SiglipMLP
 
 from spear_lightning.models.float8 import rounding
-from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, MULTIPLE, ROUNDED_UP, STEEPEST, unit_for
+from spear_lightning.models.float8.rounding import FORWARD, GRADIENT, MULTIPLE, gradient_units, unit_for
 
 
 def _means(emulate: bool) -> ModuleType:
@@ -87,13 +87,7 @@ class _Float8Mlp(torch.autograd.Function):
         unit = unit_for(GRADIENT, gradient_TD.abs().amax())
         gradient, turned = means.round_both_ways(gradient_TD, unit, GRADIENT)
         hidden_gradient = means.product(gradient, down_FD, unit, down_unit, kind)
-        # Bounds instead of the largest values, for which all would have to be read or computed once more: numbers
-        # with five bits of exponent lose nothing if their range is not used to the end. No product of two vectors
-        # is larger than that of their lengths.
-        longest_row = torch.linalg.vector_norm(gradient_TD, dim=1, dtype=torch.float32).amax()
-        top = longest_row * ctx.longest_column * ROUNDED_UP
-        to_gate = unit_for(GRADIENT, top * ctx.largest.up * STEEPEST)
-        to_up = unit_for(GRADIENT, top * ctx.largest.gate)
+        to_gate, to_up = gradient_units(gradient_TD, ctx.longest_column, ctx.largest)
         found = means.round_gradients(hidden_gradient, gate_TF, up_TF, bias_F, hidden_unit, to_gate, to_up)
 
         wanted = ctx.needs_input_grad

@@ -50,6 +50,23 @@ def unit_for(kind: torch.dtype, largest: Tensor) -> Tensor:
     return largest.float().clamp(min=1e-12) / torch.finfo(kind).max
 
 
+def gradient_units(gradient_TD: Tensor, longest_column: Tensor, largest: Largest) -> tuple[Tensor, Tensor]:
+    """Return units for the gradients of `gate` and `up`, with which none of them is beyond the end of the range.
+
+    They come from bounds instead of the largest values, for which all would have to be read or computed once
+    more: numbers with five bits of exponent lose nothing if their range is not used to the end. No product of two
+    vectors is larger than that of their lengths.
+
+    Args:
+        gradient_TD: The gradient of the MLP's output, not rounded.
+        longest_column: The length of the longest column of the last weight (D, F), float32 scalar.
+        largest: What `hidden` is made of.
+    """
+    longest_row = torch.linalg.vector_norm(gradient_TD, dim=1, dtype=torch.float32).amax()
+    bound = longest_row * longest_column * ROUNDED_UP
+    return unit_for(GRADIENT, bound * largest.up * STEEPEST), unit_for(GRADIENT, bound * largest.gate)
+
+
 def rounded(values: Tensor, unit: Tensor, kind: torch.dtype) -> Tensor:
     """Return values over their unit in 8 bits; what is beyond the range becomes the largest number."""
     end = torch.finfo(kind).max

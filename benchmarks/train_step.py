@@ -78,8 +78,8 @@ def flops_of_a_sample(name: str, stage: str, small: bool) -> float:
 def run(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Time one contender in this process."""
     from spear_lightning.training import Float8Products
+    from spear_lightning.training.network_blocks import list_entries
     from spear_lightning.training.one_pass_adamw import OnePassAdamW
-    from spear_lightning.training.regional_compile import list_entries
 
     device, cuda = options.device, options.device == "cuda"
     torch.manual_seed(0)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spear_lightning.errors import ConfigError
-from spear_lightning.training.regional_compile import RegionalCompile, list_entries, matching
+from spear_lightning.training.network_blocks import list_entries, matching
+from spear_lightning.training.regional_compile import RegionalCompile
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 from spear_lightning.planning.experiment import Experiment
 from spear_lightning.planning.trace import Trace
 from spear_lightning.training.freeze_plan import named_parameters
-from spear_lightning.training.regional_compile import list_entries
+from spear_lightning.training.network_blocks import list_entries
 
 FLOAT32 = 4
 GATHERED_UNITS = 2

@@ -25,7 +25,7 @@ from spear_lightning.models import SpearVLA
 from spear_lightning.policy import Answerer
 from spear_lightning.robot_data.images import CameraSpec
 from spear_lightning.training.freeze_plan import named_parameters
-from spear_lightning.training.regional_compile import list_entries
+from spear_lightning.training.network_blocks import list_entries
 
 _ATTENTION_BACKWARD = 2.5
 

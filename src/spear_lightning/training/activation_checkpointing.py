@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from spear_lightning.training.base_module import SpearModule
-from spear_lightning.training.regional_compile import list_entries, matching
+from spear_lightning.training.network_blocks import list_entries, matching
 
 log = logging.getLogger(__name__)
 

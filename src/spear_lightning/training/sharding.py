@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spear_lightning.models.gemma import GemmaLanguageModel
-from spear_lightning.training.regional_compile import list_entries
+from spear_lightning.training.network_blocks import list_entries
 
 
 def is_sharded(module: nn.Module) -> bool:

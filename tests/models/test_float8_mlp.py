@@ -48,12 +48,13 @@ def _names(network: nn.Module) -> set[str]:
     return {name for name, part in network.named_modules() if isinstance(part, nn.Linear)}
 
 
-def _results(network: Network, tokens: int = 192) -> dict[str, Tensor]:
+def _results(network: Network, *size: int) -> dict[str, Tensor]:
     """Return the output and all gradients for one random batch."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, tokens, 64, generator=generator, requires_grad=True)
+    size = size or (4, 48)
+    x = torch.randn(*size, 64, generator=generator, requires_grad=True)
     out = network(x)
-    out.backward(torch.randn(1, tokens, 64, generator=generator))
+    out.backward(torch.randn(*size, 64, generator=generator))
     gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     return {"out": out.detach(), "x": x.grad, **gradients}
 
@@ -141,10 +142,10 @@ def test_with_a_gradient_the_hardware_gets_its_multiple_of_tokens(
         return plain(values, *others)
 
     monkeypatch.setattr(rounding, "round_both_ways", counted)
-    found = _results(network, tokens=37)
+    found = _results(network, 1, 37)
     assert all(count % 16 == 0 for count in rows)
     monkeypatch.setattr(mlp_module, "MULTIPLE", 1)
-    wanted = _results(copy_of(_network(kind)), tokens=37)
+    wanted = _results(copy_of(_network(kind)), 1, 37)
     assert 37 in rows
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
